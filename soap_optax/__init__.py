@@ -1,0 +1,16 @@
+"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner, for Optax."""
+
+from soap_optax.alias import STATIC_ARGS, soap
+from soap_optax.state import RavelledState, ScaleBySoapState, StackState
+from soap_optax.transform import scale_by_soap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STATIC_ARGS",
+    "RavelledState",
+    "ScaleBySoapState",
+    "StackState",
+    "scale_by_soap",
+    "soap",
+]

@@ -1,0 +1,119 @@
+"""The optimizer most users want: `soap`, which only composes `scale_by_soap` with Optax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from soap_optax import arguments
+from soap_optax.transform import Frequency, scale_by_soap
+
+STATIC_ARGS = (
+    "mask",
+    "max_precond_dim",
+    "precondition_1d",
+    "merge_dims",
+    "normalize_grads",
+    "correct_bias",
+    "mu_dtype",
+    "block_size",
+)
+"""Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
+
+`scale_by_soap` has no `mask`, the first of them: pass `STATIC_ARGS[1:]` there.
+"""
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    shampoo_beta: ArrayLike | None = None,
+    precondition_frequency: Frequency = 10,
+    max_precond_dim: int = 10000,
+    precondition_1d: bool = False,
+    merge_dims: bool = False,
+    normalize_grads: bool = False,
+    correct_bias: bool = True,
+    mu_dtype: DTypeLike | None = None,
+    block_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SOAP with decoupled weight decay: Adam in the eigenbasis of Shampoo's preconditioner.
+
+    `scale_by_soap`, then weight decay as in `optax.adamw`, then the learning rate:
+
+    .. math::
+
+      \theta_t = \theta_{t-1} - \alpha_t (N_t + \lambda \theta_{t-1})
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, soap_optax
+      >>> optimizer = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     soap_optax.soap(optax.cosine_decay_schedule(3e-3, 1000), precondition_frequency=10),
+      ... )
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> state = optimizer.init(params)
+      >>> loss = lambda p: jnp.sum((jnp.ones(4) @ p["kernel"] + p["bias"]) ** 2)
+      >>> for _ in range(5):
+      ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 48.0)
+      True
+
+    Args:
+      learning_rate: a number or a schedule. 3e-3 is the authors' default, at which their language
+        models train.
+      b1: see `scale_by_soap`.
+      b2: see `scale_by_soap`.
+      eps: see `scale_by_soap`.
+      weight_decay: strength of the decoupled weight decay, a number (or a schedule, where the
+        installed Optax takes one).
+      mask: a tree of booleans with the structure of the parameters or a prefix of it, or a function
+        from parameters to such a tree: what the weight decay is applied to. None means everything.
+      shampoo_beta: see `scale_by_soap`.
+      precondition_frequency: see `scale_by_soap`.
+      max_precond_dim: see `scale_by_soap`.
+      precondition_1d: see `scale_by_soap`.
+      merge_dims: see `scale_by_soap`.
+      normalize_grads: see `scale_by_soap`.
+      correct_bias: see `scale_by_soap`.
+      mu_dtype: see `scale_by_soap`.
+      block_size: see `scale_by_soap`.
+
+    Returns:
+      The transformation; its `update` needs the parameters, for the weight decay.
+
+    Raises:
+      TypeError, ValueError: see `scale_by_soap`.
+
+    References:
+      Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
+      <https://arxiv.org/abs/2409.11321>`_, 2024
+    """
+    arguments.check_learning_rate(learning_rate)
+    arguments.check_weight_decay(weight_decay)
+    arguments.check_mask(mask)
+    return optax.chain(
+        scale_by_soap(
+            b1,
+            b2,
+            eps,
+            shampoo_beta=shampoo_beta,
+            precondition_frequency=precondition_frequency,
+            max_precond_dim=max_precond_dim,
+            precondition_1d=precondition_1d,
+            merge_dims=merge_dims,
+            normalize_grads=normalize_grads,
+            correct_bias=correct_bias,
+            mu_dtype=mu_dtype,
+            block_size=block_size,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

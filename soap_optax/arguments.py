@@ -1,0 +1,195 @@
+"""Checks of what users pass in, made before anything is traced.
+
+Every message names the argument, its value, the rule and the way out. A traced value, as
+`optax.inject_hyperparams` passes it, is taken as it is.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from soap_optax.state import ScaleBySoapState
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises unless `value` is in [0, 1)."""
+    number = _number(value, f"{name} must be a number in [0, 1)")
+    if not _is_traced(number) and not 0 <= number < 1:
+        raise ValueError(
+            f"{name} must be in [0, 1), got {value}; 0 keeps no memory, 0.95 is the usual value"
+        )
+
+
+def check_eps(value: Any) -> None:
+    """Raises unless `value` is positive and finite."""
+    number = _number(value, "eps must be a positive number")
+    if not _is_traced(number) and not 0 < number < math.inf:
+        raise ValueError(
+            f"eps must be positive and finite, got {value}; it keeps an entry that never had a "
+            "gradient from becoming 0/0, and 1e-30 is as good as none"
+        )
+
+
+def check_learning_rate(value: Any) -> None:
+    """Raises unless `value` is a finite number or a schedule."""
+    if callable(value):
+        return
+    number = _number(value, "learning_rate must be a number or a schedule (a function of the step)")
+    if not _is_traced(number) and not math.isfinite(number):
+        raise ValueError(f"learning_rate must be finite, got {value}; 3e-3 is a good start")
+
+
+def check_weight_decay(value: Any) -> None:
+    """Raises unless `value` is a finite number that is not negative, or a schedule."""
+    if callable(value):
+        return
+    number = _number(value, "weight_decay must be a number or a schedule")
+    if not _is_traced(number) and not 0 <= number < math.inf:
+        raise ValueError(
+            f"weight_decay must be finite and not negative, got {value}; 0 decays nothing"
+        )
+
+
+def check_mask(value: Any) -> None:
+    """Raises where a mask is a single value, which `optax.masked` would take for a tree."""
+    if isinstance(value, (bool, str, numbers.Number)):
+        raise TypeError(
+            "mask must be None, a tree of booleans that matches the parameters, or a function of "
+            f"the parameters that returns one, got {value!r}"
+        )
+
+
+def check_frequency(value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1, or a schedule."""
+    if callable(value):
+        return
+    number = _number(value, "precondition_frequency must be an integer or a schedule")
+    if _is_traced(number):
+        return
+    if not 1 <= number < math.inf:
+        raise ValueError(
+            f"precondition_frequency must be at least 1, got {value}; 1 refreshes in every step, "
+            "and for no preconditioning use optax.adamw"
+        )
+    if number != int(number):
+        raise ValueError(
+            f"precondition_frequency must be a whole number of steps, got {value}; round it, or "
+            "pass a schedule for a changing one"
+        )
+
+
+def check_max_precond_dim(value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    _check_integer("max_precond_dim", value, 1, "for no preconditioning use optax.adamw")
+
+
+def check_block_size(value: Any, max_precond_dim: int) -> None:
+    """Raises unless `value` is None or an integer from 2 to `max_precond_dim`."""
+    if value is None:
+        return
+    _check_integer("block_size", value, 2, "None leaves every parameter whole")
+    if value > max_precond_dim:
+        raise ValueError(
+            f"block_size must be at most max_precond_dim ({max_precond_dim}), got {value}: a "
+            "longer tile would have no preconditioner; lower block_size or raise max_precond_dim"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}{_STATIC_HINT}")
+
+
+def check_mu_dtype(value: DTypeLike | None) -> None:
+    """Raises unless `value` is None or a floating dtype."""
+    if value is None:
+        return
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(
+            f"mu_dtype must be None or a floating dtype such as jnp.bfloat16, got {value!r}"
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"mu_dtype must be None or a floating dtype such as jnp.bfloat16, got {dtype.name}"
+        )
+
+
+def check_leaves(paths: Sequence[Any], dtypes: Sequence[DTypeLike]) -> None:
+    """Raises where a leaf is not real floating point."""
+    for path, dtype in zip(paths, dtypes, strict=True):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            where = jax.tree_util.keystr(path) or "the tree itself"
+            raise TypeError(
+                f"every leaf must be a real floating-point array, got {jnp.dtype(dtype).name} at "
+                f"{where}; leave it out with optax.masked, or give it an optimizer of its own with "
+                "optax.partition"
+            )
+
+
+def checked_state(state: Any, expected: Any) -> ScaleBySoapState:
+    """Returns the state, or raises where `init` would not have made it for these gradients.
+
+    Args:
+      state: the state handed to `update`.
+      expected: what `init` makes for the gradients, a tree of shapes.
+    """
+    if not isinstance(state, ScaleBySoapState):
+        raise TypeError(
+            f"state must be a ScaleBySoapState, got {type(state).__name__}; pass what init returned"
+        )
+    wanted = _shapes_by_path(expected)
+    found = _shapes_by_path(state)
+    for path in [*wanted, *found]:
+        if wanted.get(path) != found.get(path):
+            raise ValueError(
+                f"the state does not belong to these gradients: {path} has shape "
+                f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
+                "likely the tree, a shape, or one of block_size, max_precond_dim, merge_dims, "
+                "precondition_1d changed after init, so call init again or restore the options"
+            )
+    return state
+
+
+def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {f"state{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+
+
+def _check_integer(name: str, value: Any, least: int, way_out: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be an integer of at least {least}, got {value!r}{_STATIC_HINT}"
+        )
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}; {way_out}")
+
+
+_STATIC_HINT = (
+    "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
+    "shapes or branches and cannot be traced"
+)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, Tracer)
+
+
+def _number(value: Any, rule: str) -> Any:
+    """The Python number behind a real scalar; a traced value as it is."""
+    if _is_traced(value):
+        return value
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.ndim(value) == 0:
+        value = np.asarray(value).item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{rule}, got {value!r}")
+    return value

@@ -1,0 +1,140 @@
+"""The optimizer's state: NamedTuples and dicts of plain arrays, nothing else.
+
+Symbols used in every module:
+
+| symbol | meaning |
+| --- | --- |
+| `B` | blocks in a stack: equal shape, equal preconditioned axes |
+| `d` | length of one preconditioned axis of a block |
+| `*block` | shape of a block, `m n` for a matrix |
+| `L` | leaves (or tiles of leaves) that are ravelled together, `N` entries in all |
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from soap_optax.layout import Group, Plan
+
+# Raised whenever the meaning or the arrangement of the state's leaves changes.
+LAYOUT_VERSION = 1
+
+
+class Eigenframe(NamedTuple):
+    """What a refresh changes in a block: the bases, what is expressed in them, and its counters.
+
+    Attributes:
+      bases: orthonormal eigenvectors of each preconditioned axis' factor, `(d, d)`, columns by
+        descending eigenvalue.
+      mu: first moment in the bases' coordinates, `(*block)`.
+      nu: second moment in the bases' coordinates, `(*block)`.
+      age: updates applied since the last refresh was due.
+      refreshes: bases adopted so far, the first included.
+      refused_refreshes: refreshes refused because they were not finite or not orthonormal.
+    """
+
+    bases: tuple[Array, ...]
+    mu: Array
+    nu: Array
+    age: Array
+    refreshes: Array
+    refused_refreshes: Array
+
+
+class StackState(NamedTuple):
+    """State of one stack: every array has a leading axis of length `B`.
+
+    Grouped by how often a field changes: the factors and moments with every accepted gradient, the
+    bases with every refresh.
+
+    Attributes:
+      accepted_gradients: gradients taken in so far, `(B,)`. The first one only fills the factors.
+      refused_gradients: gradients refused because they were not finite, `(B,)`.
+      factors: average of each preconditioned axis' Gram matrix, `(B, d, d)`, in axis order.
+      mu: first moment in the eigenbases' coordinates, `(B, *block)`.
+      nu: second moment in the eigenbases' coordinates, `(B, *block)`.
+      bases: eigenvectors of each factor as of the last refresh, `(B, d, d)`; identity before that.
+      age: updates applied since the last refresh was due, `(B,)`.
+      refreshes: bases adopted so far, the first included, `(B,)`.
+      refused_refreshes: refreshes refused, the old basis kept, `(B,)`.
+    """
+
+    accepted_gradients: Array
+    refused_gradients: Array
+    factors: tuple[Array, ...]
+    mu: Array
+    nu: Array
+    bases: tuple[Array, ...]
+    age: Array
+    refreshes: Array
+    refused_refreshes: Array
+
+
+class RavelledState(NamedTuple):
+    """State of all the leaves that have no preconditioned axis, ravelled together: Adam's.
+
+    Attributes:
+      accepted_gradients: gradients taken in so far, `(L,)`. The first one moves nothing.
+      refused_gradients: gradients refused because they were not finite, `(L,)`.
+      mu: first moment, `(N,)`.
+      nu: second moment, `(N,)`.
+    """
+
+    accepted_gradients: Array
+    refused_gradients: Array
+    mu: Array
+    nu: Array
+
+
+class ScaleBySoapState(NamedTuple):
+    """State of `scale_by_soap`.
+
+    Attributes:
+      layout_version: the arrangement of the state's leaves, a scalar (`LAYOUT_VERSION`).
+      count: calls of `update` so far, a scalar.
+      stacks: the preconditioned blocks by kind, such as `"512x2048"`; a suffix names a dtype of
+        statistics other than float32.
+      ravelled: the leaves with no preconditioned axis, by dtype of statistics.
+    """
+
+    layout_version: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax's name; hides tuple.count
+    stacks: dict[str, StackState]
+    ravelled: dict[str, RavelledState]
+
+
+def initial_state(plan: Plan, mu_dtype: DTypeLike | None) -> ScaleBySoapState:
+    """The state before the first gradient: no statistics, and the identity as every basis."""
+    return ScaleBySoapState(
+        layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        stacks={name: _empty_stack(group, mu_dtype) for name, group in plan.stacks.items()},
+        ravelled={name: _empty_vector(group, mu_dtype) for name, group in plan.ravelled.items()},
+    )
+
+
+def _empty_stack(group: Group, mu_dtype: DTypeLike | None) -> StackState:
+    blocks, dtype = group.blocks, group.dtype
+    lengths = [group.tile[axis] for axis in group.axes]
+    return StackState(
+        accepted_gradients=jnp.zeros(blocks, jnp.int32),
+        refused_gradients=jnp.zeros(blocks, jnp.int32),
+        factors=tuple(jnp.zeros((blocks, d, d), dtype) for d in lengths),
+        mu=jnp.zeros((blocks, *group.tile), mu_dtype or dtype),
+        nu=jnp.zeros((blocks, *group.tile), dtype),
+        bases=tuple(jnp.tile(jnp.eye(d, dtype=dtype), (blocks, 1, 1)) for d in lengths),
+        age=jnp.zeros(blocks, jnp.int32),
+        refreshes=jnp.zeros(blocks, jnp.int32),
+        refused_refreshes=jnp.zeros(blocks, jnp.int32),
+    )
+
+
+def _empty_vector(group: Group, mu_dtype: DTypeLike | None) -> RavelledState:
+    return RavelledState(
+        accepted_gradients=jnp.zeros(group.blocks, jnp.int32),
+        refused_gradients=jnp.zeros(group.blocks, jnp.int32),
+        mu=jnp.zeros(group.entries, mu_dtype or group.dtype),
+        nu=jnp.zeros(group.entries, group.dtype),
+    )

@@ -1,0 +1,200 @@
+"""The transformation: `scale_by_soap`."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from soap_optax import arguments, execution, layout
+from soap_optax.block import Hyperparameters
+from soap_optax.state import ScaleBySoapState, initial_state
+
+Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
+
+
+def scale_by_soap(
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    *,
+    shampoo_beta: ArrayLike | None = None,
+    precondition_frequency: Frequency = 10,
+    max_precond_dim: int = 10000,
+    precondition_1d: bool = False,
+    merge_dims: bool = False,
+    normalize_grads: bool = False,
+    correct_bias: bool = True,
+    mu_dtype: DTypeLike | None = None,
+    block_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
+
+    For the gradient :math:`G_t` of a matrix, with the eigenvectors :math:`Q_L, Q_R` of its
+    Kronecker factors as of the last refresh,
+
+    .. math::
+
+      \begin{align*}
+        G'_t &= Q_L^\top G_t Q_R \\
+        M'_t &= \beta_1 M'_{t-1} + (1 - \beta_1) G'_t \\
+        V'_t &= \beta_2 V'_{t-1} + (1 - \beta_2) G'_t \odot G'_t \\
+        N_t &= \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \,
+               Q_L \frac{M'_t}{\sqrt{V'_t} + \varepsilon} Q_R^\top \\
+        L_t &= \beta L_{t-1} + (1 - \beta) G_t G_t^\top, \qquad
+        R_t = \beta R_{t-1} + (1 - \beta) G_t^\top G_t
+      \end{align*}
+
+    and every ``precondition_frequency`` updates the bases take one step of orthogonal iteration
+    toward the eigenvectors of :math:`L` and :math:`R`, the moments moving along. An array of more
+    dimensions has a factor for each axis of at most ``max_precond_dim``. Leaves without such an
+    axis, scalars, and vectors unless ``precondition_1d``, get Adam.
+
+    The first update is zero: the first gradient only fills the factors, and the bias correction
+    counts from the second. A block whose gradient is not finite gets a zero update and keeps its
+    state; the state counts it.
+
+    With default arguments this follows the authors' code to rounding.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, soap_optax
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> optimizer = optax.chain(
+      ...     soap_optax.scale_by_soap(precondition_frequency=5),
+      ...     optax.scale_by_learning_rate(3e-3),
+      ... )
+      >>> state = optimizer.init(params)
+      >>> loss = lambda p: jnp.sum((p["kernel"] @ p["bias"] - 1.0) ** 2) + jnp.sum(p["bias"] ** 2)
+      >>> updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> sorted(state[0].stacks)
+      ['4x3']
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: positive number added to the square root of the second moment, *before* bias correction,
+        as in the authors' code; Optax's Adam adds it after.
+      shampoo_beta: decay of the Kronecker factors, in [0, 1). None means ``b2``.
+      precondition_frequency: updates from one refresh of the bases to the next, an integer of at
+        least 1, or a schedule that maps the number of updates applied so far to one. It may be
+        traced.
+      max_precond_dim: longest axis that gets a factor. A factor of an axis of length `d` takes
+        :math:`2 d^2` numbers of state.
+      precondition_1d: whether vectors get a factor as well.
+      merge_dims: whether to merge neighbouring dimensions, from the first on, while their product
+        stays within ``max_precond_dim``, as for the kernels of convolutions.
+      normalize_grads: whether to divide each update by its root mean square, before the bias
+        correction multiplies it.
+      correct_bias: whether to apply Adam's bias correction.
+      mu_dtype: dtype in which the first moment is stored; None means that of the statistics, which
+        is float32, or float64 for leaves in float64.
+      block_size: None to give a leaf one preconditioner, or the largest length of the tiles into
+        which its axes are cut, each with a preconditioner of its own.
+
+    Returns:
+      A transformation whose state is a `ScaleBySoapState`.
+
+    Raises:
+      TypeError, ValueError: when built, where an argument is out of range; at `init`, where a leaf
+        is not real floating point; at `update`, where the state belongs to other shapes.
+
+    References:
+      Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
+      <https://arxiv.org/abs/2409.11321>`_, 2024, Algorithm 3; the authors' code at
+      `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
+    """
+    arguments.check_decay("b1", b1)
+    arguments.check_decay("b2", b2)
+    arguments.check_eps(eps)
+    if shampoo_beta is not None:
+        arguments.check_decay("shampoo_beta", shampoo_beta)
+    arguments.check_frequency(precondition_frequency)
+    arguments.check_max_precond_dim(max_precond_dim)
+    arguments.check_flag("precondition_1d", precondition_1d)
+    arguments.check_flag("merge_dims", merge_dims)
+    arguments.check_flag("normalize_grads", normalize_grads)
+    arguments.check_flag("correct_bias", correct_bias)
+    arguments.check_mu_dtype(mu_dtype)
+    arguments.check_block_size(block_size, max_precond_dim)
+
+    cut = layout.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
+
+    def hyper_in(dtype: np.dtype) -> Hyperparameters:
+        return Hyperparameters(
+            b1=jnp.asarray(b1, dtype),
+            b2=jnp.asarray(b2, dtype),
+            shampoo_beta=jnp.asarray(b2 if shampoo_beta is None else shampoo_beta, dtype),
+            eps=jnp.asarray(eps, dtype),
+            normalize_grads=normalize_grads,
+            correct_bias=correct_bias,
+        )
+
+    def init_fn(params: optax.Params) -> ScaleBySoapState:
+        return initial_state(plan_of(params, cut), mu_dtype)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleBySoapState]:
+        del params, extra_args
+        plan = plan_of(updates, cut)
+        state = arguments.checked_state(
+            state, jax.eval_shape(lambda: initial_state(plan, mu_dtype))
+        )
+        frequency = frequency_at(precondition_frequency, state.count)
+        leaves, treedef = jax.tree.flatten(updates)
+        blocks: dict[layout.Region, Array] = {}
+        stacks, ravelled = {}, {}
+        for name, group in plan.stacks.items():
+            with jax.named_scope(f"soap/{name}"):
+                stack_update, stacks[name] = execution.update_stack(
+                    jnp.concatenate(layout.gather(leaves, plan, group)),
+                    state.stacks[name],
+                    group.axes,
+                    hyper_in(group.dtype),
+                    frequency,
+                )
+            blocks |= layout.split(stack_update, group)
+        for name, group in plan.ravelled.items():
+            with jax.named_scope("soap/ravelled"):
+                leaf_updates, ravelled[name] = execution.update_ravelled(
+                    layout.gather(leaves, plan, group),
+                    state.ravelled[name],
+                    hyper_in(group.dtype),
+                )
+            blocks |= dict(zip(group.regions, leaf_updates, strict=True))
+        new_leaves = layout.scatter(plan, blocks, [jnp.result_type(leaf) for leaf in leaves])
+        return jax.tree.unflatten(treedef, new_leaves), ScaleBySoapState(
+            layout_version=state.layout_version,
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            stacks=stacks,
+            ravelled=ravelled,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def plan_of(tree: Any, cut: layout.Cut) -> layout.Plan:
+    """The plan of a tree of parameters or gradients, checked leaf by leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
+    arguments.check_leaves([path for path, _ in leaves], dtypes)
+    return _cached_plan(tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut)
+
+
+_cached_plan = lru_cache(maxsize=64)(layout.make_plan)
+
+
+def frequency_at(frequency: Frequency, count: Array) -> Array:
+    """The frequency in force, a whole number of at least 1, after `count` calls of `update`."""
+    if callable(frequency):
+        frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.
+    return jnp.maximum(jnp.asarray(frequency).astype(jnp.int32), 1)
