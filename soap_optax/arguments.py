@@ -21,19 +21,21 @@ from soap_optax.state import ScaleBySoapState
 def check_decay(name: str, value: Any) -> None:
     """Raises unless `value` is in [0, 1)."""
     number = _number(value, f"{name} must be a number in [0, 1)")
-    if not _is_traced(number) and not 0 <= number < 1:
+    if not _is_traced(number) and not 0 <= np.float32(number) < 1:
         raise ValueError(
-            f"{name} must be in [0, 1), got {value}; 0 keeps no memory, 0.95 is the usual value"
+            f"{name} must be in [0, 1) as a float32, got {value}; 0 keeps no memory, 0.95 is the "
+            "usual value; if optax.inject_hyperparams rounded it to bfloat16, as it does for "
+            "parameters in bfloat16, pass it hyperparam_dtype=jnp.float32"
         )
 
 
 def check_eps(value: Any) -> None:
     """Raises unless `value` is positive and finite."""
     number = _number(value, "eps must be a positive number")
-    if not _is_traced(number) and not 0 < number < math.inf:
+    if not _is_traced(number) and not 0 < np.float32(number) < math.inf:
         raise ValueError(
-            f"eps must be positive and finite, got {value}; it keeps an entry that never had a "
-            "gradient from becoming 0/0, and 1e-30 is as good as none"
+            f"eps must be positive and finite as a float32, got {value}; it keeps an entry that "
+            "never had a gradient from becoming 0/0, and 1e-30 is as good as none"
         )
 
 

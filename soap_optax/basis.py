@@ -16,38 +16,41 @@ from soap_optax.block import multiply_along
 from soap_optax.state import Eigenframe
 
 
-def first_refresh(factors: Sequence[Array], frame: Eigenframe, axes: Sequence[int]) -> Eigenframe:
-    """Gives a block its first eigenbases, from an exact decomposition of its factors."""
-    bases = tuple(descending_eigenvectors(factor) for factor in factors)
-    return adopt(frame, factors, bases, frame.nu, axes)
+def first_bases(factors: Sequence[Array]) -> tuple[Array, ...]:
+    """The exact eigenvectors of a block's factors, `(d, d)` each: its first bases."""
+    return tuple(descending_eigenvectors(factor) for factor in factors)
 
 
-def qr_refresh(factors: Sequence[Array], frame: Eigenframe, axes: Sequence[int]) -> Eigenframe:
+def iterate_bases(
+    factors: Sequence[Array], bases: Sequence[Array], nu: Array, axes: Sequence[int]
+) -> tuple[tuple[Array, ...], Array]:
     """Takes the eigenbases one step of orthogonal iteration toward the factors' eigenvectors.
 
     The columns are first sorted by their Rayleigh quotients, in descending order: a QR
     decomposition orthogonalises each column against those before it, so that an ascending order
-    would move away from the eigenbasis. The second moment belongs to columns and is permuted along with them.
+    would move away from the eigenbasis. The second moment belongs to columns and is permuted along
+    with them.
 
     Args:
       factors: the Kronecker factors as of the last accepted gradient, `(d, d)` each.
-      frame: the bases, moments and counters.
+      bases: the bases as of the last refresh, `(d, d)` each.
+      nu: the second moment in the coordinates of `bases`, `(*block)`.
       axes: the preconditioned axes of the block, ascending.
 
     Returns:
-      The refreshed frame, or the old one, counted as refused, where the result cannot be trusted.
+      The new bases, and the second moment in their coordinates.
 
     References:
       Vyas et al. (2024), Algorithm 4 of arXiv:2409.11321.
     """
-    bases, nu = [], frame.nu
-    for factor, basis, axis in zip(factors, frame.bases, axes, strict=True):
+    new_bases = []
+    for factor, basis, axis in zip(factors, bases, axes, strict=True):
         product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
         rayleigh_quotients = jnp.sum(basis * product, axis=0)  # diag(Q^T L Q)
         order = jnp.argsort(rayleigh_quotients, descending=True)
         nu = jnp.take(nu, order, axis=axis)
-        bases.append(orthonormal_factor(product[:, order]))
-    return adopt(frame, factors, tuple(bases), nu, axes)
+        new_bases.append(orthonormal_factor(product[:, order]))
+    return tuple(new_bases), nu
 
 
 def adopt(
@@ -60,6 +63,17 @@ def adopt(
     """Moves a block to new bases if they can be trusted, and counts it either way.
 
     The first moment is a vector: it keeps its direction and is expressed in the new coordinates.
+
+    Args:
+      frame: the bases, moments and counters before.
+      factors: the factors that the new bases were made of, `(d, d)` each.
+      bases: the new bases, `(d, d)` each.
+      nu: the second moment in the coordinates of the new bases, `(*block)`.
+      axes: the preconditioned axes of the block, ascending.
+
+    Returns:
+      The new frame, or the old one, counted as refused, where a factor or a basis is not finite or
+      a basis is not orthonormal.
     """
     trusted = jnp.asarray(True)
     for factor, basis in zip(factors, bases, strict=True):
@@ -68,16 +82,17 @@ def adopt(
     for axis, old, new in zip(axes, frame.bases, bases, strict=True):
         mu = multiply_along(old, mu, axis, Precision.HIGHEST)
         mu = multiply_along(new.T, mu, axis, Precision.HIGHEST)
-    return Eigenframe(
-        bases=tuple(
-            jnp.where(trusted, new, old) for new, old in zip(bases, frame.bases, strict=True)
-        ),
-        mu=jnp.where(trusted, mu.astype(frame.mu.dtype), frame.mu),
-        nu=jnp.where(trusted, nu, frame.nu),
-        age=jnp.zeros_like(frame.age),
-        refreshes=frame.refreshes + trusted,
-        refused_refreshes=frame.refused_refreshes + ~trusted,
+    moved = Eigenframe(
+        bases=bases,
+        mu=mu.astype(frame.mu.dtype),
+        nu=nu,
+        age=frame.age,
+        refreshes=frame.refreshes + 1,
+        refused_refreshes=frame.refused_refreshes,
     )
+    stayed = frame._replace(refused_refreshes=frame.refused_refreshes + 1)
+    chosen = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), moved, stayed)
+    return chosen._replace(age=jnp.zeros_like(frame.age))
 
 
 def is_orthonormal(basis: Array) -> Array:

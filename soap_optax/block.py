@@ -66,22 +66,20 @@ def step_block(
     """
     applied = accepted & (state.accepted_gradients > 0)
     rotated_grad = rotate(grad, state.bases, axes)  # G'
-    mu, nu = average_moments(state.mu, state.nu, rotated_grad, hyper)  # M', V'
-    direction = rotate_back(adam_direction(mu, nu, hyper), state.bases, axes)  # N
-    update = scale_update(direction, state.accepted_gradients, hyper)
-    beta = hyper.shampoo_beta
-    factors = tuple(
-        beta * factor + (1 - beta) * gram_matrix(grad, axis)  # L, R
+    mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
+    direction = adam_direction(mu, nu, hyper)  # N'
+    scale = bias_correction(state.accepted_gradients, hyper) * normalization(direction, hyper)
+    update = rotate_back(direction * jnp.where(applied, scale, 0), state.bases, axes)  # N
+    factors = tuple(  # L, R
+        average_factor(factor, gram_matrix(grad, axis), accepted, hyper)
         for factor, axis in zip(state.factors, axes, strict=True)
     )
-    return jnp.where(applied, update, 0), state._replace(
+    return update, state._replace(
         accepted_gradients=state.accepted_gradients + accepted,
         refused_gradients=state.refused_gradients + ~accepted,
-        factors=tuple(
-            jnp.where(accepted, new, old) for new, old in zip(factors, state.factors, strict=True)
-        ),
-        mu=jnp.where(applied, mu.astype(state.mu.dtype), state.mu),
-        nu=jnp.where(applied, nu, state.nu),
+        factors=factors,
+        mu=mu.astype(state.mu.dtype),
+        nu=nu,
         age=state.age + applied,
     )
 
@@ -118,12 +116,16 @@ def multiply_along(matrix: Array, x: Array, axis: int, precision: Precision | No
 
 
 def average_moments(
-    mu: Array, nu: Array, rotated_grad: Array, hyper: Hyperparameters
+    mu: Array, nu: Array, rotated_grad: Array, applied: Array, hyper: Hyperparameters
 ) -> tuple[Array, Array]:
-    """Takes the gradient into both moments, in the frame in which all three are given."""
-    mu = hyper.b1 * mu.astype(nu.dtype) + (1 - hyper.b1) * rotated_grad
-    nu = hyper.b2 * nu + (1 - hyper.b2) * jnp.square(rotated_grad)
-    return mu, nu
+    """Takes the gradient into both moments where it is applied, all given in the same frame.
+
+    Both results have the dtype of `nu`; the selection keeps a refused gradient's NaN out of them.
+    """
+    mu = mu.astype(nu.dtype)
+    new_mu = hyper.b1 * mu + (1 - hyper.b1) * rotated_grad
+    new_nu = hyper.b2 * nu + (1 - hyper.b2) * jnp.square(rotated_grad)
+    return jnp.where(applied, new_mu, mu), jnp.where(applied, new_nu, nu)
 
 
 def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
@@ -131,23 +133,32 @@ def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     return mu / (jnp.sqrt(nu) + hyper.eps)
 
 
-def scale_update(direction: Array, applied_before: Array, hyper: Hyperparameters) -> Array:
-    """Normalises the direction if asked to, then multiplies it by the bias correction.
+def bias_correction(applied_update: Array, hyper: Hyperparameters) -> Array:
+    """The factor that corrects both moments' start from zero, for the update of this number.
 
-    Args:
-      direction: the direction in the original coordinates, `(*block)`.
-      applied_before: which applied update this is, counted from 1. This is the number of gradients
-        accepted before, because the first of them was not applied.
-      hyper: the numbers of the step.
+    Updates count from 1. Because the first accepted gradient is not applied, an update's number is
+    that of the gradients accepted before it.
     """
-    if hyper.normalize_grads:
-        direction = direction / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(direction))))
-    if hyper.correct_bias:
-        # Where no gradient was accepted before, the update is discarded: 1 only avoids 0 / 0.
-        step = jnp.maximum(applied_before, 1).astype(direction.dtype)
-        correction = jnp.sqrt(1 - hyper.b2**step) / (1 - hyper.b1**step)
-        direction = direction * correction
-    return direction
+    if not hyper.correct_bias:
+        return jnp.ones_like(hyper.b1)
+    step = jnp.maximum(applied_update, 1).astype(hyper.b1.dtype)  # 0 is no update; avoid 0 / 0.
+    return jnp.sqrt(1 - hyper.b2**step) / (1 - hyper.b1**step)
+
+
+def normalization(direction: Array, hyper: Hyperparameters) -> Array:
+    """The factor that gives a direction a root mean square of one, if that is asked for.
+
+    A rotation keeps the root mean square, so that the direction may be given in either frame.
+    """
+    if not hyper.normalize_grads:
+        return jnp.ones_like(hyper.b1)
+    return 1 / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(direction))))
+
+
+def average_factor(factor: Array, gram: Array, accepted: Array, hyper: Hyperparameters) -> Array:
+    """Takes a Gram matrix into its factor where the gradient is accepted, `(d, d)`."""
+    beta = hyper.shampoo_beta
+    return jnp.where(accepted, beta * factor + (1 - beta) * gram, factor)
 
 
 def gram_matrix(grad: Array, axis: int) -> Array:

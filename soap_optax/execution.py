@@ -38,9 +38,6 @@ def update_stack(
         return jax.vmap(step)(grads, accepted, state)
 
 
-KEEP, FIRST, REFRESH = range(3)
-
-
 def refresh_if_due(
     state: StackState, accepted: Array, axes: Sequence[int], frequency: ArrayLike
 ) -> StackState:
@@ -55,13 +52,12 @@ def refresh_if_due(
     has_factors = state.accepted_gradients > 0
     has_basis = state.refreshes > 0
     due = accepted & has_factors & (~has_basis | (state.age >= frequency))
-    turn = jnp.where(due, jnp.where(has_basis, REFRESH, FIRST), KEEP)
     frame = Eigenframe(**{name: getattr(state, name) for name in Eigenframe._fields})
     frame = lax.cond(
         any_unbatched(due),
         partial(_refresh_blocks, axes),
-        lambda _turn, _factors, frame: frame,
-        turn,
+        lambda _due, _factors, frame: frame,
+        due,
         state.factors,
         frame,
     )
@@ -69,17 +65,30 @@ def refresh_if_due(
 
 
 def _refresh_blocks(
-    axes: Sequence[int], turn: Array, factors: tuple[Array, ...], frame: Eigenframe
+    axes: Sequence[int], due: Array, factors: tuple[Array, ...], frame: Eigenframe
 ) -> Eigenframe:
-    """Goes through a stack one block at a time, so that each may be kept or refreshed."""
-    branches = (
-        lambda _factors, frame: frame,
-        partial(basis.first_refresh, axes=axes),
-        partial(basis.qr_refresh, axes=axes),
+    """Goes through a stack one block at a time, so that each may be refreshed or kept."""
+
+    def refresh_or_keep(block: tuple[Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
+        due, factors, frame = block
+        refresh = partial(_refresh_block, axes)
+        return lax.cond(due, refresh, lambda _factors, frame: frame, factors, frame)
+
+    return lax.map(refresh_or_keep, (due, factors, frame))
+
+
+def _refresh_block(
+    axes: Sequence[int], factors: tuple[Array, ...], frame: Eigenframe
+) -> Eigenframe:
+    bases, nu = lax.cond(
+        frame.refreshes > 0,
+        partial(basis.iterate_bases, axes=axes),
+        lambda factors, _bases, nu: (basis.first_bases(factors), nu),
+        factors,
+        frame.bases,
+        frame.nu,
     )
-    return lax.map(
-        lambda operand: lax.switch(operand[0], branches, *operand[1:]), (turn, factors, frame)
-    )
+    return basis.adopt(frame, factors, bases, nu, axes)
 
 
 def any_unbatched(flags: Array) -> Array:
@@ -112,38 +121,67 @@ def update_ravelled(
     itself.
 
     Args:
-      grads: arrays of `k` leaves of one shape, `(k, *leaf)`, in the dtype of the statistics.
+      grads: the leaves stacked by shape, `(k, *leaf)`, in the dtype of the statistics.
       state: the state of all of them.
       hyper: the numbers of the step.
 
     Returns:
       The updates, in the shapes of `grads`, and the new state.
     """
-    with jax.named_scope("adam"):
-        accepted = jnp.concatenate([jax.vmap(block.is_acceptable)(grad) for grad in grads])
-        applied = accepted & (state.accepted_gradients > 0)
-        leaves = _consecutive_slices([len(grad) for grad in grads])
-        entries = _consecutive_slices([grad.size for grad in grads])
-        moved = jnp.concatenate(
-            [
-                jnp.broadcast_to(applied[leaf, None], (len(grad), grad[0].size)).ravel()
-                for grad, leaf in zip(grads, leaves, strict=True)
-            ]
-        )
-        vector = jnp.concatenate([grad.ravel() for grad in grads])
-        mu, nu = block.average_moments(state.mu, state.nu, vector, hyper)
-        direction = jnp.where(moved, block.adam_direction(mu, nu, hyper), 0)
-        scale = jax.vmap(partial(block.scale_update, hyper=hyper))
-        updates = [
-            scale(direction[entry].reshape(grad.shape), state.accepted_gradients[leaf])
-            for grad, leaf, entry in zip(grads, leaves, entries, strict=True)
+    accepted = jnp.concatenate([jax.vmap(block.is_acceptable)(grad) for grad in grads])
+    applied = accepted & (state.accepted_gradients > 0)
+    leaves = _consecutive_slices([len(grad) for grad in grads])
+    entries = _consecutive_slices([grad.size for grad in grads])
+
+    def spread(per_leaf: Array) -> Array:
+        """Repeats each leaf's value for all of its entries, `(N,)`."""
+        parts = [
+            jnp.broadcast_to(per_leaf[leaf, None], (len(grad), grad[0].size)).ravel()
+            for grad, leaf in zip(grads, leaves, strict=True)
         ]
-        return updates, RavelledState(
-            accepted_gradients=state.accepted_gradients + accepted,
-            refused_gradients=state.refused_gradients + ~accepted,
-            mu=jnp.where(moved, mu.astype(state.mu.dtype), state.mu),
-            nu=jnp.where(moved, nu, state.nu),
-        )
+        return jnp.concatenate(parts)
+
+    correction = jax.vmap(partial(block.bias_correction, hyper=hyper))(state.accepted_gradients)
+    vector = jnp.concatenate([grad.ravel() for grad in grads])
+    mu, nu = block.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
+    # The division comes last: XLA would repeat cheaper work in the slice for every single leaf.
+    direction = block.adam_direction(mu * spread(jnp.where(applied, correction, 0)), nu, hyper)
+    updates = [
+        direction[entry].reshape(grad.shape) for grad, entry in zip(grads, entries, strict=True)
+    ]
+    if hyper.normalize_grads:
+        unit = jax.vmap(lambda update, scale: update * scale * block.normalization(update, hyper))
+        updates = [
+            unit(update, correction[leaf]) for update, leaf in zip(updates, leaves, strict=True)
+        ]
+    return updates, RavelledState(
+        accepted_gradients=state.accepted_gradients + accepted,
+        refused_gradients=state.refused_gradients + ~accepted,
+        mu=mu.astype(state.mu.dtype),
+        nu=nu,
+    )
+
+
+def hide_from_cpu_compiler(numbers: Sequence[int], count: Array) -> dict[int, ArrayLike]:
+    """Makes scalars of numbers, ones whose value XLA cannot see where it compiles for a CPU.
+
+    XLA compiles one kernel for each slice at a constant position, 25 ms apiece, and one for all
+    slices that get the position as an operand: with 600 leaves 13 s of compilation become one. What
+    a conditional returns is such an operand. Other platforms compile constants best.
+
+    Args:
+      numbers: distinct numbers, at least 0.
+      count: a scalar of the state that is never negative, which the compiler does not know.
+    """
+    if not numbers:
+        return {}
+    known = tuple(jnp.asarray(number, jnp.int32) for number in numbers)
+
+    def hidden() -> tuple[Array, ...]:
+        return lax.cond(any_unbatched(count >= 0), lambda: known, lambda: known[:1] * len(known))
+
+    scalars = lax.platform_dependent(cpu=hidden, default=lambda: known)
+    return dict(zip(numbers, scalars, strict=True))
 
 
 def _consecutive_slices(lengths: Sequence[int]) -> list[slice]:

@@ -7,13 +7,13 @@ program follows the number of kinds of block and not the number of leaves.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 Shape = tuple[int, ...]
@@ -58,6 +58,11 @@ class Group:
     regions: tuple[Region, ...]
     dtype: np.dtype
     axes: tuple[int, ...]
+
+    @property
+    def runs(self) -> list[tuple[Region, ...]]:
+        """The regions by shape of their tiles. All of a stack are one run."""
+        return [tuple(run) for _, run in itertools.groupby(self.regions, lambda r: r.tile)]
 
     @property
     def tile(self) -> Shape:
@@ -111,7 +116,8 @@ def make_plan(shapes: Sequence[Shape], dtypes: Sequence[DTypeLike], cut: Cut) ->
             for (dtype, tile), regions in stacks.items()
         },
         ravelled={
-            dtype.name: Group(tuple(regions), dtype, axes=()) for dtype, regions in ravelled.items()
+            dtype.name: Group(tuple(sorted(regions, key=lambda r: r.tile)), dtype, axes=())
+            for dtype, regions in ravelled.items()
         },
     )
 
@@ -161,7 +167,7 @@ def regions_of(leaf: int, view: Shape, is_vector: bool, cut: Cut) -> list[Region
     """Cuts a leaf's view into regions of equal tiles, the last axis varying fastest."""
     if 0 in view:
         return []
-    if cut.block_size is None or (is_vector and not cut.precondition_1d):
+    if cut.block_size is None or not view or (is_vector and not cut.precondition_1d):
         return [Region(leaf, (0,) * len(view), (1,) * len(view), view)]
     regions = []
     for parts in itertools.product(*(cut_axis(length, cut.block_size) for length in view)):
@@ -173,12 +179,12 @@ def regions_of(leaf: int, view: Shape, is_vector: bool, cut: Cut) -> list[Region
 def cut_axis(length: int, block_size: int) -> list[tuple[int, int, int]]:
     """Cuts an axis into tiles of at most `block_size`, as `(start, tiles, length of a tile)`.
 
-    All tiles are equal where the axis has a divisor no smaller than half of the block size;
-    otherwise their lengths differ by one, the longer ones first.
+    All tiles are equal where the axis has a divisor no smaller than half of the block size, and
+    than 2; otherwise their lengths differ by one, the longer ones first.
     """
     if length <= block_size:
         return [(0, 1, length)]
-    for tile in range(block_size, (block_size - 1) // 2, -1):
+    for tile in range(block_size, max(1, (block_size - 1) // 2), -1):
         if length % tile == 0:
             return [(0, length // tile, tile)]
     tiles = -(-length // block_size)
@@ -187,24 +193,52 @@ def cut_axis(length: int, block_size: int) -> list[tuple[int, int, int]]:
 
 
 def gather(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> list[Array]:
-    """Reads a group's blocks out of the leaves: for each region, its tiles as `(k, *tile)`."""
+    """Reads a group's blocks out of the leaves: `(k, *tile)` for each run of equal tiles."""
     return [
-        _to_blocks(jnp.reshape(leaves[region.leaf], plan.views[region.leaf]), region).astype(
-            group.dtype
+        jnp.concatenate(
+            [
+                _to_blocks(jnp.reshape(leaves[region.leaf], plan.views[region.leaf]), region)
+                for region in run
+            ],
+            dtype=group.dtype,
         )
-        for region in group.regions
+        for run in group.runs
     ]
 
 
-def split(blocks: Array, group: Group) -> dict[Region, Array]:
-    """Divides a stack, `(B, *tile)`, among the regions that it was gathered from."""
+def split(
+    blocks: Sequence[Array], group: Group, starts: Mapping[int, ArrayLike]
+) -> dict[Region, Array]:
+    """Divides what `gather` put together among the regions that it came from.
+
+    Args:
+      blocks: `(k, *tile)` for each run of equal tiles.
+      group: the group that was gathered.
+      starts: each position of `starts_of`, as a number or as a traced scalar.
+    """
     parts = {}
-    start = 0
-    for region in group.regions:
-        end = start + math.prod(region.tiles)
-        parts[region] = blocks[start:end]
-        start = end
+    for stack, run in zip(blocks, group.runs, strict=True):
+        for start, length, region in _stretches(run):
+            parts[region] = (
+                stack
+                if length == len(stack)
+                else lax.dynamic_slice_in_dim(stack, starts[start], length)
+            )
     return parts
+
+
+def starts_of(plan: Plan) -> list[int]:
+    """The positions at which `split` cuts the runs of all groups."""
+    groups = [*plan.stacks.values(), *plan.ravelled.values()]
+    runs = itertools.chain.from_iterable(group.runs for group in groups)
+    return sorted({start for run in runs for start, _, _ in _stretches(run)})
+
+
+def _stretches(run: Sequence[Region]) -> list[tuple[int, int, Region]]:
+    """Where each region lies in its run: `(start, length, region)`."""
+    lengths = [math.prod(region.tiles) for region in run]
+    starts = itertools.accumulate(lengths, initial=0)
+    return list(zip(starts, lengths, run, strict=False))
 
 
 def scatter(plan: Plan, blocks: dict[Region, Array], dtypes: Sequence[DTypeLike]) -> list[Array]:

@@ -151,26 +151,23 @@ def scale_by_soap(
         )
         frequency = frequency_at(precondition_frequency, state.count)
         leaves, treedef = jax.tree.flatten(updates)
+        starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[layout.Region, Array] = {}
         stacks, ravelled = {}, {}
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
+                [grads] = layout.gather(leaves, plan, group)
                 stack_update, stacks[name] = execution.update_stack(
-                    jnp.concatenate(layout.gather(leaves, plan, group)),
-                    state.stacks[name],
-                    group.axes,
-                    hyper_in(group.dtype),
-                    frequency,
+                    grads, state.stacks[name], group.axes, hyper_in(group.dtype), frequency
                 )
-            blocks |= layout.split(stack_update, group)
+                blocks |= layout.split([stack_update], group, starts)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):
-                leaf_updates, ravelled[name] = execution.update_ravelled(
-                    layout.gather(leaves, plan, group),
-                    state.ravelled[name],
-                    hyper_in(group.dtype),
+                grads = layout.gather(leaves, plan, group)
+                run_updates, ravelled[name] = execution.update_ravelled(
+                    grads, state.ravelled[name], hyper_in(group.dtype)
                 )
-            blocks |= dict(zip(group.regions, leaf_updates, strict=True))
+                blocks |= layout.split(run_updates, group, starts)
         new_leaves = layout.scatter(plan, blocks, [jnp.result_type(leaf) for leaf in leaves])
         return jax.tree.unflatten(treedef, new_leaves), ScaleBySoapState(
             layout_version=state.layout_version,

@@ -1,0 +1,258 @@
+"""SOAP in float64 NumPy, one leaf at a time, for reading and for checking against.
+
+Written from Algorithm 3 of Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam"
+(arXiv 2409.11321), and from the semantics listed in ``golden/README.md``. It shares no code and few
+choices with the library, so that a mistake would have to be made twice to go unseen:
+
+=====================  ==================================  =====================================
+what                   here                                in the library
+=====================  ==================================  =====================================
+unit of work           one leaf                            a stack of equal blocks
+refresh                at the end of the step that made    at the start of the next step, from
+                       it due                              the stored factors
+first moment ``mu``    the parameters' coordinates, into   the eigenbasis' coordinates, expressed
+                       the eigenbasis at every step        anew at a refresh
+axes of length 1       a 1x1 factor like any other axis    no factor
+precision              float64                             float32, or float64 for float64 leaves
+=====================  ==================================  =====================================
+
+The paper's symbols: ``L`` and ``R`` are `LeafState.factors`, ``Q_L`` and ``Q_R`` are
+`LeafState.bases`, ``M`` is `LeafState.mu`, ``V`` is `LeafState.nu`.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Matrices = dict[int, np.ndarray]  # One square matrix for each preconditioned axis.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of ``scale_by_soap`` that change its result, under the same names."""
+
+    b1: float = 0.95
+    b2: float = 0.95
+    eps: float = 1e-8
+    shampoo_beta: float | None = None
+    precondition_frequency: int = 10
+    max_precond_dim: int = 10000
+    precondition_1d: bool = False
+    merge_dims: bool = False
+    normalize_grads: bool = False
+    correct_bias: bool = True
+
+
+@dataclasses.dataclass
+class LeafState:
+    """What the optimizer remembers of one leaf. Shapes are those of `shape_of_work`."""
+
+    factors: Matrices  # Moving averages of the Gram matrices.
+    bases: Matrices | None  # Columns are eigenvectors, by descending eigenvalue; None before any.
+    mu: np.ndarray  # First moment, in the parameters' coordinates.
+    nu: np.ndarray  # Second moment, in the eigenbasis' coordinates.
+    updates: int = 0  # Applied so far, which leaves out the first call.
+
+
+def merged(shape: Shape, limit: int) -> Shape:
+    """Multiplies neighbouring lengths together, from the first on, while within `limit`."""
+    groups: list[int] = []
+    for length in shape:
+        if groups and groups[-1] * length <= limit:
+            groups[-1] *= length
+        else:
+            groups.append(length)
+    return tuple(length for length in groups if length > 1) or (1,)
+
+
+def shape_of_work(shape: Shape, options: Options) -> Shape:
+    """The shape in which a leaf is preconditioned."""
+    if options.merge_dims and len(shape) > 1:
+        return merged(shape, options.max_precond_dim)
+    return shape
+
+
+def preconditioned_axes(shape: Shape, options: Options) -> list[int]:
+    """The axes of `shape_of_work` that have a factor; `shape` is the leaf's own."""
+    if len(shape) <= 1 and not options.precondition_1d:
+        return []
+    lengths = shape_of_work(shape, options)
+    return [axis for axis, length in enumerate(lengths) if length <= options.max_precond_dim]
+
+
+def init(shape: Shape, options: Options, initial_factors: Matrices | None = None) -> LeafState:
+    """The state before the first call; the factors start at zero unless given."""
+    lengths = shape_of_work(shape, options)
+    axes = preconditioned_axes(shape, options)
+    zeros = {axis: np.zeros((lengths[axis], lengths[axis])) for axis in axes}
+    return LeafState(
+        factors=zeros
+        if initial_factors is None
+        else {axis: initial_factors[axis] for axis in axes},
+        bases=None,
+        mu=np.zeros(lengths),
+        nu=np.zeros(lengths),
+    )
+
+
+def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
+    """Moves `state` on by one call and returns the direction, to be subtracted times a rate."""
+    shape = grad.shape
+    grad = grad.reshape(state.mu.shape)
+
+    if state.bases is None:
+        # The first call fills the factors, computes the first basis and moves nothing.
+        update_factors(grad, state, options)
+        state.bases = {axis: eigenvectors(factor) for axis, factor in state.factors.items()}
+        return np.zeros(shape)
+
+    # G' = Q_L^T G Q_R and M' = Q_L^T M Q_R
+    state.updates += 1
+    state.mu = options.b1 * state.mu + (1 - options.b1) * grad
+    rotated_grad = rotate(grad, state.bases)
+    rotated_mu = rotate(state.mu, state.bases)
+
+    # N = Q_L (M' / sqrt(V)) Q_R^T
+    state.nu = options.b2 * state.nu + (1 - options.b2) * rotated_grad**2
+    direction = rotate_back(rotated_mu / (np.sqrt(state.nu) + options.eps), state.bases)
+
+    if options.normalize_grads:
+        root_mean_square = math.sqrt(np.mean(direction**2))
+        direction = direction / root_mean_square if root_mean_square > 0 else direction
+    if options.correct_bias:
+        direction *= math.sqrt(1 - options.b2**state.updates) / (1 - options.b1**state.updates)
+
+    update_factors(grad, state, options)
+    if state.updates % options.precondition_frequency == 0:
+        refresh(state)
+    return direction.reshape(shape)
+
+
+def update_factors(grad: np.ndarray, state: LeafState, options: Options) -> None:
+    """L = beta L + (1 - beta) G G^T, and its like for the other axes."""
+    beta = options.b2 if options.shampoo_beta is None else options.shampoo_beta
+    factors = {}
+    for axis, factor in state.factors.items():
+        rows = np.moveaxis(grad, axis, 0).reshape(grad.shape[axis], -1)
+        factors[axis] = beta * factor + (1 - beta) * rows @ rows.T
+    state.factors = factors
+
+
+def eigenvectors(factor: np.ndarray) -> np.ndarray:
+    """An exact basis; its columns by descending eigenvalue."""
+    _, vectors = np.linalg.eigh(factor)
+    return vectors[:, ::-1]
+
+
+def refresh(state: LeafState) -> None:
+    """One step of orthogonal iteration for every basis, warm from the one before (Algorithm 4)."""
+    assert state.bases is not None
+    bases = {}
+    for axis, factor in state.factors.items():
+        basis = state.bases[axis]
+        estimated_eigenvalues = np.diag(basis.T @ factor @ basis)
+        descending = np.argsort(-estimated_eigenvalues, kind="stable")
+        state.nu = np.take(state.nu, descending, axis)
+        bases[axis], _ = np.linalg.qr(factor @ basis[:, descending])
+    state.bases = bases
+
+
+def rotate(array: np.ndarray, bases: Mapping[int, np.ndarray]) -> np.ndarray:
+    """From the parameters' coordinates to the eigenbasis': the product with Q^T on every axis."""
+    for axis, basis in bases.items():
+        array = np.moveaxis(np.tensordot(basis.T, array, axes=(1, axis)), 0, axis)
+    return array
+
+
+def rotate_back(array: np.ndarray, bases: Mapping[int, np.ndarray]) -> np.ndarray:
+    """From the eigenbasis' coordinates to the parameters'."""
+    return rotate(array, {axis: basis.T for axis, basis in bases.items()})
+
+
+def run(
+    grads: np.ndarray,  # (steps, *shape)
+    options: Options,
+    *,
+    initial_factors: Matrices | None = None,
+    initial_bases: Matrices | None = None,
+) -> np.ndarray:
+    """The direction at every step of one leaf, shape (steps, *shape).
+
+    Args:
+      grads: The gradient of every step.
+      options: The optimizer's options.
+      initial_factors: The factors before the first call, by axis; zero if None.
+      initial_bases: The bases to put in place of those that the first call computed, by axis. For
+        where the first factor has a null space, and a basis is therefore not determined by it.
+    """
+    state = init(grads.shape[1:], options, initial_factors)
+    directions = []
+    for grad in grads:
+        directions.append(step(grad, state, options))
+        if len(directions) == 1 and initial_bases is not None:
+            state.bases = {axis: initial_bases[axis] for axis in state.factors}
+    return np.stack(directions)
+
+
+def run_in_tiles(
+    grads: np.ndarray,  # (steps, *shape)
+    options: Options,
+    *,
+    block_size: int | None,
+    initial_factor: Callable[[int], np.ndarray] | None = None,
+) -> np.ndarray:
+    """The direction at every step of one leaf whose tiles are leaves of their own.
+
+    Args:
+      grads: The gradient of every step.
+      options: The optimizer's options.
+      block_size: The largest length of a tile; None leaves the leaf whole.
+      initial_factor: Gives the factor before the first call of an axis by the axis' length.
+    """
+    shape = grads.shape[1:]
+    lengths = shape_of_work(shape, options)
+    if block_size is None or (len(shape) <= 1 and not options.precondition_1d):
+        cuts = [tuple(slice(None) for _ in lengths)]
+    else:
+        cuts = tiles(lengths, block_size)
+        # The leaf is merged already, and what it is decides whether to precondition, not its tiles.
+        options = dataclasses.replace(options, merge_dims=False, precondition_1d=True)
+        grads = grads.reshape(-1, *lengths)
+
+    directions = np.zeros(grads.shape)
+    for cut in cuts:
+        tile_grads = grads[:, *cut]
+        tile_lengths = shape_of_work(tile_grads.shape[1:], options)
+        factors = None
+        if initial_factor is not None:
+            factors = {axis: initial_factor(length) for axis, length in enumerate(tile_lengths)}
+        directions[:, *cut] = run(tile_grads, options, initial_factors=factors)
+    return directions.reshape(-1, *shape)
+
+
+def tiles(shape: Shape, block_size: int) -> list[tuple[slice, ...]]:
+    """The index of every tile of an array, in row-major order."""
+    slices: list[list[slice]] = []
+    for length in shape:
+        ends = np.cumsum(lengths_of_tiles(length, block_size)).tolist()
+        slices.append([slice(start, end) for start, end in itertools.pairwise([0, *ends])])
+    return list(itertools.product(*slices))
+
+
+def lengths_of_tiles(length: int, block_size: int) -> list[int]:
+    """Cuts an axis into tiles of at most `block_size`.
+
+    They are equal if `length` has a divisor from half of `block_size`, and from 2, up to it, the
+    largest such divisor long; else as few as possible, of lengths that differ by one, the longer first.
+    """
+    if length <= block_size:
+        return [length]
+    divisors = [d for d in range(2, block_size + 1) if length % d == 0 and 2 * d >= block_size]
+    if divisors:
+        return [max(divisors)] * (length // max(divisors))
+    count = math.ceil(length / block_size)
+    return [length // count + (tile < length % count) for tile in range(count)]
