@@ -18,6 +18,7 @@ STATIC_ARGS = (
     "correct_bias",
     "mu_dtype",
     "block_size",
+    "dimension_numbers",
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
 
@@ -42,6 +43,7 @@ def soap(
     correct_bias: bool = True,
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
+    dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP with decoupled weight decay: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -85,6 +87,7 @@ def soap(
       correct_bias: see `scale_by_soap`.
       mu_dtype: see `scale_by_soap`.
       block_size: see `scale_by_soap`.
+      dimension_numbers: see `scale_by_soap`.
 
     Returns:
       The transformation; its `update` needs the parameters, for the weight decay.
@@ -113,6 +116,7 @@ def soap(
             correct_bias=correct_bias,
             mu_dtype=mu_dtype,
             block_size=block_size,
+            dimension_numbers=dimension_numbers,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -104,6 +104,20 @@ def check_block_size(value: Any, max_precond_dim: int) -> None:
         )
 
 
+def check_dimension_numbers(value: Any, merge_dims: bool) -> None:
+    """Raises where `value` cannot be a tree of dimension numbers, or contradicts `merge_dims`."""
+    if isinstance(value, (bool, str, numbers.Number)):
+        raise TypeError(
+            "dimension_numbers must be None, a tree of objects with reduction_axis and "
+            f"output_axis, or a function of the parameters that returns one, got {value!r}"
+        )
+    if value is not None and merge_dims:
+        raise ValueError(
+            "merge_dims must be False where dimension_numbers are given, got True: they already "
+            "say which axes are taken together"
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, bool):

@@ -1,8 +1,8 @@
 """Where every parameter goes: a static plan, made of shapes alone, and the two ways along it.
 
-A leaf is viewed with its dimensions merged if asked for, cut into rectangular regions of equal
-tiles, and each tile is a block. Equal blocks of all leaves form one stack, so that the size of the
-program follows the number of kinds of block and not the number of leaves.
+A leaf is viewed as it is, merged, or as a batch of matrices (`soap_optax.views`), then cut into
+rectangular regions of equal tiles, and each tile is a block. Equal blocks of all leaves form one
+stack, so that the size of the program follows the number of kinds of block and not that of leaves.
 """
 
 import itertools
@@ -16,17 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How leaves are cut into blocks; the fields are the arguments of `scale_by_soap`."""
-
-    max_precond_dim: int
-    precondition_1d: bool
-    merge_dims: bool
-    block_size: int | None
+from soap_optax.views import Axes, Cut, Shape, View, Whole, view_of
 
 
 class Region(NamedTuple):
@@ -36,13 +26,15 @@ class Region(NamedTuple):
       leaf: the leaf's position in the flattened tree.
       start: the rectangle's first entry in the leaf's view.
       tiles: how many tiles it has along each axis.
-      tile: the shape of a tile.
+      tile: the shape of a tile; a batch axis is cut into tiles of length 1.
+      block: the shape of a block, which is the tile's without the batch axis.
     """
 
     leaf: int
     start: Shape
     tiles: Shape
     tile: Shape
+    block: Shape
 
 
 @dataclass(frozen=True)
@@ -61,13 +53,13 @@ class Group:
 
     @property
     def runs(self) -> list[tuple[Region, ...]]:
-        """The regions by shape of their tiles. All of a stack are one run."""
-        return [tuple(run) for _, run in itertools.groupby(self.regions, lambda r: r.tile)]
+        """The regions by shape of their blocks. All of a stack are one run."""
+        return [tuple(run) for _, run in itertools.groupby(self.regions, lambda r: r.block)]
 
     @property
-    def tile(self) -> Shape:
+    def block(self) -> Shape:
         """The shape of the blocks of a stack."""
-        return self.regions[0].tile
+        return self.regions[0].block
 
     @property
     def blocks(self) -> int:
@@ -85,38 +77,47 @@ class Plan:
     """The groups of a tree, and the shapes needed to put its leaves together again."""
 
     shapes: tuple[Shape, ...]
-    views: tuple[Shape, ...]
+    views: tuple[View, ...]
     stacks: dict[str, Group]
     ravelled: dict[str, Group]
 
 
-def make_plan(shapes: Sequence[Shape], dtypes: Sequence[DTypeLike], cut: Cut) -> Plan:
+def make_plan(
+    shapes: Sequence[Shape],
+    dtypes: Sequence[DTypeLike],
+    cut: Cut,
+    axes: Sequence[Axes] | None = None,
+) -> Plan:
     """Assigns every leaf, known by shape and dtype, to stacks or to the ravelled leaves.
 
-    Zero-size leaves belong to no group. Statistics are float32, or the leaf's dtype where wider.
+    Zero-size leaves belong to no group. Statistics are float32, or float64 for leaves in float64.
+
+    Args:
+      shapes: the shape of each leaf.
+      dtypes: the dtype of each leaf.
+      cut: how leaves are cut into blocks.
+      axes: what is said of each leaf's axes; None says nothing.
     """
-    views = tuple(merged_shape(shape, cut) for shape in shapes)
+    axes = axes or [Whole() for _ in shapes]
+    views = tuple(view_of(shape, said, cut) for shape, said in zip(shapes, axes, strict=True))
     stacks: dict[tuple[np.dtype, Shape], list[Region]] = {}
     ravelled: dict[np.dtype, list[Region]] = {}
-    for leaf, (shape, view, leaf_dtype) in enumerate(zip(shapes, views, dtypes, strict=True)):
+    for leaf, (view, leaf_dtype) in enumerate(zip(views, dtypes, strict=True)):
         dtype = statistics_dtype(leaf_dtype)
-        is_vector = len(shape) < 2
-        for region in regions_of(leaf, view, is_vector, cut):
-            if preconditioned_axes(region.tile, is_vector, cut):
-                stacks.setdefault((dtype, region.tile), []).append(region)
+        for region in regions_of(leaf, view, cut):
+            if view.preconditioned and preconditioned_axes(region.block, cut):
+                stacks.setdefault((dtype, region.block), []).append(region)
             else:
                 ravelled.setdefault(dtype, []).append(region)
     return Plan(
         shapes=tuple(shapes),
         views=views,
         stacks={
-            stack_name(tile, dtype): Group(
-                tuple(regions), dtype, preconditioned_axes(tile, is_vector=False, cut=cut)
-            )
-            for (dtype, tile), regions in stacks.items()
+            stack_name(block, dtype): Group(tuple(regions), dtype, preconditioned_axes(block, cut))
+            for (dtype, block), regions in stacks.items()
         },
         ravelled={
-            dtype.name: Group(tuple(sorted(regions, key=lambda r: r.tile)), dtype, axes=())
+            dtype.name: Group(tuple(sorted(regions, key=lambda r: r.block)), dtype, axes=())
             for dtype, regions in ravelled.items()
         },
     )
@@ -127,62 +128,38 @@ def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
-def stack_name(tile: Shape, dtype: np.dtype) -> str:
+def stack_name(block: Shape, dtype: np.dtype) -> str:
     """The key of a stack in the state, such as `512x2048` or `512x2048_float64`."""
-    name = "x".join(map(str, tile))
+    name = "x".join(map(str, block))
     return name if dtype == np.float32 else f"{name}_{dtype.name}"
 
 
-def merged_shape(shape: Shape, cut: Cut) -> Shape:
-    """The authors' merging: neighbours, from the first on, while their product stays in bounds.
-
-    They do the same to every leaf of two or more dimensions, so that one may merge into a vector,
-    which is then preconditioned whatever `precondition_1d` says.
-    """
-    if not cut.merge_dims or len(shape) < 2:
-        return shape
-    merged: list[int] = []
-    current = 1
-    for length in shape:
-        if current * length <= cut.max_precond_dim:
-            current *= length
-        elif current > 1:
-            merged.append(current)
-            current = length
-        else:
-            merged.append(length)
-    if current > 1 or not merged:
-        merged.append(current)
-    return tuple(merged)
-
-
-def preconditioned_axes(tile: Shape, is_vector: bool, cut: Cut) -> tuple[int, ...]:
+def preconditioned_axes(block: Shape, cut: Cut) -> tuple[int, ...]:
     """The axes of a block that get a factor. One of length 1 gets none: it would be a sign."""
-    if is_vector and not cut.precondition_1d:
-        return ()
-    return tuple(axis for axis, d in enumerate(tile) if 1 < d <= cut.max_precond_dim)
+    return tuple(axis for axis, d in enumerate(block) if 1 < d <= cut.max_precond_dim)
 
 
-def regions_of(leaf: int, view: Shape, is_vector: bool, cut: Cut) -> list[Region]:
+def regions_of(leaf: int, view: View, cut: Cut) -> list[Region]:
     """Cuts a leaf's view into regions of equal tiles, the last axis varying fastest."""
-    if 0 in view:
+    if 0 in view.shape:
         return []
-    if cut.block_size is None or not view or (is_vector and not cut.precondition_1d):
-        return [Region(leaf, (0,) * len(view), (1,) * len(view), view)]
+    block_size = cut.block_size if view.preconditioned else None
+    parts = [[(0, length, 1)] for length in view.shape[: view.batch]]
+    parts += [cut_axis(length, block_size) for length in view.shape[view.batch :]]
     regions = []
-    for parts in itertools.product(*(cut_axis(length, cut.block_size) for length in view)):
-        start, tiles, tile = zip(*parts, strict=True)
-        regions.append(Region(leaf, start, tiles, tile))
+    for part in itertools.product(*parts):
+        start, tiles, tile = zip(*part, strict=True) if part else ((), (), ())
+        regions.append(Region(leaf, start, tiles, tile, tile[view.batch :]))
     return regions
 
 
-def cut_axis(length: int, block_size: int) -> list[tuple[int, int, int]]:
+def cut_axis(length: int, block_size: int | None) -> list[tuple[int, int, int]]:
     """Cuts an axis into tiles of at most `block_size`, as `(start, tiles, length of a tile)`.
 
     All tiles are equal where the axis has a divisor no smaller than half of the block size, and
     than 2; otherwise their lengths differ by one, the longer ones first.
     """
-    if length <= block_size:
+    if block_size is None or length <= block_size:
         return [(0, 1, length)]
     for tile in range(block_size, max(1, (block_size - 1) // 2), -1):
         if length % tile == 0:
@@ -197,7 +174,7 @@ def gather(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> list[Array]
     return [
         jnp.concatenate(
             [
-                _to_blocks(jnp.reshape(leaves[region.leaf], plan.views[region.leaf]), region)
+                _to_blocks(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
                 for region in run
             ],
             dtype=group.dtype,
@@ -251,10 +228,20 @@ def scatter(plan: Plan, blocks: dict[Region, Array], dtypes: Sequence[DTypeLike]
         if leaf in parts:
             pieces = [_from_blocks(blocks[region], region) for region in parts[leaf]]
             whole = _join([region.start for region in parts[leaf]], pieces)
+            whole = _from_view(whole, plan.views[leaf], shape)
         else:
             whole = jnp.zeros(shape)
-        leaves.append(whole.reshape(shape).astype(dtype))
+        leaves.append(whole.astype(dtype))
     return leaves
+
+
+def _to_view(leaf: ArrayLike, view: View) -> Array:
+    return jnp.transpose(jnp.asarray(leaf), view.order).reshape(view.shape)
+
+
+def _from_view(array: Array, view: View, shape: Shape) -> Array:
+    ordered = array.reshape([shape[axis] for axis in view.order])
+    return ordered.transpose(np.argsort(np.asarray(view.order, int)))
 
 
 def _to_blocks(view: Array, region: Region) -> Array:
@@ -263,13 +250,13 @@ def _to_blocks(view: Array, region: Region) -> Array:
         slice(first, first + length) for first, length in zip(region.start, lengths, strict=True)
     )
     if math.prod(region.tiles) == 1:
-        return view[window][None]
+        return view[window].reshape(1, *region.block)
     ndim = len(region.tile)
     tiled = view[window].reshape(
         list(itertools.chain(*zip(region.tiles, region.tile, strict=True)))
     )
     tiled = tiled.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
-    return tiled.reshape(-1, *region.tile)
+    return tiled.reshape(-1, *region.block)
 
 
 def _from_blocks(blocks: Array, region: Region) -> Array:

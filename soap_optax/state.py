@@ -117,13 +117,13 @@ def initial_state(plan: Plan, mu_dtype: DTypeLike | None) -> ScaleBySoapState:
 
 def _empty_stack(group: Group, mu_dtype: DTypeLike | None) -> StackState:
     blocks, dtype = group.blocks, group.dtype
-    lengths = [group.tile[axis] for axis in group.axes]
+    lengths = [group.block[axis] for axis in group.axes]
     return StackState(
         accepted_gradients=jnp.zeros(blocks, jnp.int32),
         refused_gradients=jnp.zeros(blocks, jnp.int32),
         factors=tuple(jnp.zeros((blocks, d, d), dtype) for d in lengths),
-        mu=jnp.zeros((blocks, *group.tile), mu_dtype or dtype),
-        nu=jnp.zeros((blocks, *group.tile), dtype),
+        mu=jnp.zeros((blocks, *group.block), mu_dtype or dtype),
+        nu=jnp.zeros((blocks, *group.block), dtype),
         bases=tuple(jnp.tile(jnp.eye(d, dtype=dtype), (blocks, 1, 1)) for d in lengths),
         age=jnp.zeros(blocks, jnp.int32),
         refreshes=jnp.zeros(blocks, jnp.int32),

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, execution, layout
+from soap_optax import arguments, execution, layout, views
 from soap_optax.block import Hyperparameters
 from soap_optax.state import ScaleBySoapState, initial_state
 
@@ -32,6 +32,7 @@ def scale_by_soap(
     correct_bias: bool = True,
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
+    dimension_numbers: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -96,6 +97,11 @@ def scale_by_soap(
         is float32, or float64 for leaves in float64.
       block_size: None to give a leaf one preconditioner, or the largest length of the tiles into
         which its axes are cut, each with a preconditioner of its own.
+      dimension_numbers: None, or which axes of each leaf form a matrix: a tree with the structure
+        of the parameters or a prefix of it, or a function from parameters to one. Its leaves have a
+        ``reduction_axis`` and an ``output_axis``, each an axis or several, as
+        `optax.contrib.MuonDimensionNumbers`; axes in neither are batch axes, each slice a block of
+        its own. A leaf of None gets no preconditioner.
 
     Returns:
       A transformation whose state is a `ScaleBySoapState`.
@@ -122,8 +128,9 @@ def scale_by_soap(
     arguments.check_flag("correct_bias", correct_bias)
     arguments.check_mu_dtype(mu_dtype)
     arguments.check_block_size(block_size, max_precond_dim)
+    arguments.check_dimension_numbers(dimension_numbers, merge_dims)
 
-    cut = layout.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
+    cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
 
     def hyper_in(dtype: np.dtype) -> Hyperparameters:
         return Hyperparameters(
@@ -136,7 +143,7 @@ def scale_by_soap(
         )
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
-        return initial_state(plan_of(params, cut), mu_dtype)
+        return initial_state(plan_of(params, cut, dimension_numbers), mu_dtype)
 
     def update_fn(
         updates: optax.Updates,
@@ -145,7 +152,7 @@ def scale_by_soap(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
-        plan = plan_of(updates, cut)
+        plan = plan_of(updates, cut, dimension_numbers)
         state = arguments.checked_state(
             state, jax.eval_shape(lambda: initial_state(plan, mu_dtype))
         )
@@ -179,12 +186,15 @@ def scale_by_soap(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def plan_of(tree: Any, cut: layout.Cut) -> layout.Plan:
+def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> layout.Plan:
     """The plan of a tree of parameters or gradients, checked leaf by leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
     arguments.check_leaves([path for path, _ in leaves], dtypes)
-    return _cached_plan(tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut)
+    axes = views.axes_of_leaves(dimension_numbers, tree)
+    return _cached_plan(
+        tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut, tuple(axes)
+    )
 
 
 _cached_plan = lru_cache(maxsize=64)(layout.make_plan)

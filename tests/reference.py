@@ -247,7 +247,8 @@ def lengths_of_tiles(length: int, block_size: int) -> list[int]:
     """Cuts an axis into tiles of at most `block_size`.
 
     They are equal if `length` has a divisor from half of `block_size`, and from 2, up to it, the
-    largest such divisor long; else as few as possible, of lengths that differ by one, the longer first.
+    largest such divisor long; else as few as possible, of lengths that differ by one, the longer
+    first.
     """
     if length <= block_size:
         return [length]

@@ -1,0 +1,162 @@
+"""How a leaf is looked at before it is cut: as it is, merged, or as a batch of matrices."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How leaves are cut into blocks; the fields are the arguments of `scale_by_soap`."""
+
+    max_precond_dim: int
+    precondition_1d: bool
+    merge_dims: bool
+    block_size: int | None
+
+
+class MatrixAxes(NamedTuple):
+    """The axes of a leaf that form a matrix: together its rows, and together its columns."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+class Whole(NamedTuple):
+    """The marker of a leaf whose every axis is its own: what leaves are without further word."""
+
+
+class NotPreconditioned(NamedTuple):
+    """The marker of a leaf that is to have no preconditioner."""
+
+
+Axes = MatrixAxes | Whole | NotPreconditioned
+
+
+class View(NamedTuple):
+    """A transposition and a reshape of a leaf.
+
+    Attributes:
+      order: the leaf's axes in the order in which they are taken.
+      shape: the shape that they are merged to.
+      batch: how many leading axes of `shape` are batch axes, 0 or 1.
+      preconditioned: whether any axis may get a factor.
+    """
+
+    order: tuple[int, ...]
+    shape: Shape
+    batch: int
+    preconditioned: bool
+
+
+def view_of(shape: Shape, axes: Axes, cut: Cut) -> View:
+    """The view of a leaf, from its shape and from what was said about its axes."""
+    order = tuple(range(len(shape)))
+    if isinstance(axes, NotPreconditioned):
+        return View(order, shape, 0, preconditioned=False)
+    if isinstance(axes, Whole):
+        return View(order, merged_shape(shape, cut), 0, len(shape) > 1 or cut.precondition_1d)
+    batch = tuple(axis for axis in order if axis not in axes.rows + axes.columns)
+    parts = (*((batch,) if batch else ()), axes.rows, axes.columns)
+    return View(
+        order=tuple(itertools.chain(*parts)),
+        shape=tuple(math.prod(shape[axis] for axis in part) for part in parts),
+        batch=len(parts) - 2,
+        preconditioned=True,
+    )
+
+
+def merged_shape(shape: Shape, cut: Cut) -> Shape:
+    """The authors' merging: neighbours, from the first on, while their product stays in bounds.
+
+    They do the same to every leaf of two or more dimensions, so that one may merge into a vector,
+    which is then preconditioned whatever `precondition_1d` says.
+    """
+    if not cut.merge_dims or len(shape) < 2:
+        return shape
+    merged: list[int] = []
+    current = 1
+    for length in shape:
+        if current * length <= cut.max_precond_dim:
+            current *= length
+        elif current > 1:
+            merged.append(current)
+            current = length
+        else:
+            merged.append(length)
+    if current > 1 or not merged:
+        merged.append(current)
+    return tuple(merged)
+
+
+def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> list[Axes]:
+    """What `dimension_numbers` says of each leaf of a tree.
+
+    Args:
+      dimension_numbers: None, or a prefix of the tree whose leaves are None (no preconditioner) or
+        have a `reduction_axis` and an `output_axis`, or a function of the tree that returns one.
+      tree: parameters or gradients.
+
+    Raises:
+      ValueError: where it is no prefix of the tree, or an axis is out of range or named twice.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    if callable(dimension_numbers):
+        dimension_numbers = dimension_numbers(tree)
+    if dimension_numbers is None:
+        return [Whole() for _ in leaves]
+    indexed = treedef.unflatten(range(len(leaves)))
+    found: dict[int, Axes] = {}
+
+    def note(numbers: Any, indices: Any) -> None:
+        for index in jax.tree.leaves(indices):
+            path, leaf = leaves[index]
+            found[index] = _axes_of(numbers, jax.numpy.ndim(leaf), jax.tree_util.keystr(path))
+
+    try:
+        jax.tree.map(note, dimension_numbers, indexed, is_leaf=_is_numbers)
+    except ValueError as error:
+        if str(error).startswith("dimension_numbers"):
+            raise
+        raise ValueError(
+            "dimension_numbers must be a tree whose structure is that of the parameters or a "
+            f"prefix of it, or a function that returns one: {error}"
+        ) from error
+    return [found[index] for index in range(len(leaves))]
+
+
+def _is_numbers(value: Any) -> bool:
+    return value is None or hasattr(value, "reduction_axis")
+
+
+def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
+    if numbers is None:
+        return NotPreconditioned()
+    if not (hasattr(numbers, "reduction_axis") and hasattr(numbers, "output_axis")):
+        raise ValueError(
+            "dimension_numbers must be None or have reduction_axis and output_axis, got "
+            f"{numbers!r} at {path}; optax.contrib.MuonDimensionNumbers has both"
+        )
+    rows, columns = (_as_axes(numbers.reduction_axis), _as_axes(numbers.output_axis))
+    if not all(-ndim <= axis < ndim for axis in rows + columns):
+        raise ValueError(
+            f"dimension_numbers must name axes of the parameter, got {numbers!r} at {path}, which "
+            f"has {ndim} axes; use None there for no preconditioner"
+        )
+    axes = MatrixAxes(tuple(axis % ndim for axis in rows), tuple(axis % ndim for axis in columns))
+    if len(set(axes.rows + axes.columns)) < len(axes.rows + axes.columns) or not (rows and columns):
+        raise ValueError(
+            "dimension_numbers must name at least one axis on each side and none twice, got "
+            f"{numbers!r} at {path}"
+        )
+    return axes
+
+
+def _as_axes(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
