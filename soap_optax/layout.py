@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax.views import Axes, Cut, Shape, View, Whole, view_of
@@ -218,25 +220,39 @@ def _stretches(run: Sequence[Region]) -> list[tuple[int, int, Region]]:
     return list(zip(starts, lengths, run, strict=False))
 
 
-def scatter(plan: Plan, blocks: dict[Region, Array], dtypes: Sequence[DTypeLike]) -> list[Array]:
-    """Puts the leaves together again from the blocks of all their regions: undoes `gather`."""
+def scatter(plan: Plan, blocks: Mapping[Region, Array], leaves: Sequence[ArrayLike]) -> list[Array]:
+    """Puts leaves together again from the blocks of all their regions: undoes `gather`.
+
+    Each gets the dtype of the leaf that it stands for, and its sharding where that is explicit.
+    """
     parts: dict[int, list[Region]] = {}
     for region in sorted(blocks):  # By leaf, then by start: the last axis varies fastest.
         parts.setdefault(region.leaf, []).append(region)
-    leaves = []
-    for leaf, (shape, dtype) in enumerate(zip(plan.shapes, dtypes, strict=True)):
+    wholes = []
+    for leaf, (shape, like) in enumerate(zip(plan.shapes, leaves, strict=True)):
         if leaf in parts:
             pieces = [_from_blocks(blocks[region], region) for region in parts[leaf]]
             whole = _join([region.start for region in parts[leaf]], pieces)
             whole = _from_view(whole, plan.views[leaf], shape)
         else:
             whole = jnp.zeros(shape)
-        leaves.append(whole.astype(dtype))
-    return leaves
+        wholes.append(_reshard(whole.astype(jnp.result_type(like)), _explicit_spec(like)))
+    return wholes
 
 
 def _to_view(leaf: ArrayLike, view: View) -> Array:
-    return jnp.transpose(jnp.asarray(leaf), view.order).reshape(view.shape)
+    whole = _reshard(jnp.asarray(leaf), PartitionSpec() if _explicit_spec(leaf) else None)
+    return jnp.transpose(whole, view.order).reshape(view.shape)
+
+
+def _explicit_spec(leaf: ArrayLike) -> PartitionSpec | None:
+    """How a leaf is split over an explicit mesh; None where it is not, or not on one."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding.spec if sharding.mesh.explicit_axes and any(sharding.spec) else None
+
+
+def _reshard(array: Array, spec: PartitionSpec | None) -> Array:
+    return array if spec is None else jax.sharding.reshard(array, spec)
 
 
 def _from_view(array: Array, view: View, shape: Shape) -> Array:

@@ -143,6 +143,8 @@ def scale_by_soap(
         )
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
+        if stands_for_any_params(params):
+            return opaque_state()
         return initial_state(plan_of(params, cut, dimension_numbers), mu_dtype)
 
     def update_fn(
@@ -175,7 +177,7 @@ def scale_by_soap(
                     grads, state.ravelled[name], hyper_in(group.dtype)
                 )
                 blocks |= layout.split(run_updates, group, starts)
-        new_leaves = layout.scatter(plan, blocks, [jnp.result_type(leaf) for leaf in leaves])
+        new_leaves = layout.scatter(plan, blocks, leaves)
         return jax.tree.unflatten(treedef, new_leaves), ScaleBySoapState(
             layout_version=state.layout_version,
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -198,6 +200,20 @@ def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> layout.
 
 
 _cached_plan = lru_cache(maxsize=64)(layout.make_plan)
+
+
+def stands_for_any_params(params: Any) -> bool:
+    """Whether `optax.tree_map_params` asks which leaves of the state mirror the parameters.
+
+    It calls `init` with a private node that has no leaves and stands for any tree of parameters.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
+def opaque_state() -> ScaleBySoapState:
+    """A state of which no leaf mirrors a parameter, whatever the parameters: blocks are opaque."""
+    leaf: Any = jnp.zeros((), jnp.int32)
+    return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, ravelled=leaf)
 
 
 def frequency_at(frequency: Frequency, count: Array) -> Array:
