@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax.views import Axes, Cut, Shape, View, Whole, view_of
+from soap_optax.views import Axes, AxesMark, Cut, Shape, View, view_of
 
 
 class Region(NamedTuple):
@@ -100,7 +100,7 @@ def make_plan(
       cut: how leaves are cut into blocks.
       axes: what is said of each leaf's axes; None says nothing.
     """
-    axes = axes or [Whole() for _ in shapes]
+    axes = axes or [AxesMark.ALIKE] * len(shapes)
     views = tuple(view_of(shape, said, cut) for shape, said in zip(shapes, axes, strict=True))
     stacks: dict[tuple[np.dtype, Shape], list[Region]] = {}
     ravelled: dict[np.dtype, list[Region]] = {}

@@ -1,5 +1,6 @@
 """How a leaf is looked at before it is cut: as it is, merged, or as a batch of matrices."""
 
+import enum
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -28,15 +29,17 @@ class MatrixAxes(NamedTuple):
     columns: tuple[int, ...]
 
 
-class Whole(NamedTuple):
-    """The marker of a leaf whose every axis is its own: what leaves are without further word."""
+class AxesMark(enum.Enum):
+    """What else may be said of a leaf's axes.
+
+    They are all alike, which is so without further word, or none of them gets a preconditioner.
+    """
+
+    ALIKE = enum.auto()
+    NOT_PRECONDITIONED = enum.auto()
 
 
-class NotPreconditioned(NamedTuple):
-    """The marker of a leaf that is to have no preconditioner."""
-
-
-Axes = MatrixAxes | Whole | NotPreconditioned
+Axes = MatrixAxes | AxesMark
 
 
 class View(NamedTuple):
@@ -58,9 +61,9 @@ class View(NamedTuple):
 def view_of(shape: Shape, axes: Axes, cut: Cut) -> View:
     """The view of a leaf, from its shape and from what was said about its axes."""
     order = tuple(range(len(shape)))
-    if isinstance(axes, NotPreconditioned):
+    if axes is AxesMark.NOT_PRECONDITIONED:
         return View(order, shape, 0, preconditioned=False)
-    if isinstance(axes, Whole):
+    if axes is AxesMark.ALIKE:
         return View(order, merged_shape(shape, cut), 0, len(shape) > 1 or cut.precondition_1d)
     batch = tuple(axis for axis in order if axis not in axes.rows + axes.columns)
     parts = (*((batch,) if batch else ()), axes.rows, axes.columns)
@@ -110,7 +113,7 @@ def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> 
     if callable(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
     if dimension_numbers is None:
-        return [Whole() for _ in leaves]
+        return [AxesMark.ALIKE] * len(leaves)
     indexed = treedef.unflatten(range(len(leaves)))
     found: dict[int, Axes] = {}
 
@@ -137,7 +140,7 @@ def _is_numbers(value: Any) -> bool:
 
 def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
     if numbers is None:
-        return NotPreconditioned()
+        return AxesMark.NOT_PRECONDITIONED
     if not (hasattr(numbers, "reduction_axis") and hasattr(numbers, "output_axis")):
         raise ValueError(
             "dimension_numbers must be None or have reduction_axis and output_axis, got "

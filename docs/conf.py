@@ -1,0 +1,32 @@
+"""Sphinx configuration; build with `sphinx-build -W -n -b html docs docs/_build/html`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A checkout needs no installation.
+
+import soap_optax
+
+project = "soap_optax"
+author = "The soap_optax authors"
+copyright = author
+version = release = soap_optax.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"{project} {release}"
+
+# Docstrings follow Optax's style: Google sections, single backticks around names.
+default_role = "py:obj"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+# Annotations spell out to half a page (`ArrayLike`) or to private names; the docstrings say it.
+autodoc_typehints = "none"
+napoleon_attr_annotations = False
+
+# Under -n: single backticks become links where there is something to link to, else plain code.
+nitpick_ignore_regex = [("py:obj", ".*")]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
