@@ -46,8 +46,7 @@ def iterate_bases(
     new_bases = []
     for factor, basis, axis in zip(factors, bases, axes, strict=True):
         product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
-        rayleigh_quotients = jnp.sum(basis * product, axis=0)  # diag(Q^T L Q)
-        order = jnp.argsort(rayleigh_quotients, descending=True)
+        order = jnp.argsort(rayleigh_quotients(product, basis), descending=True)
         nu = jnp.take(nu, order, axis=axis)
         new_bases.append(orthonormal_factor(product[:, order]))
     return tuple(new_bases), nu
@@ -101,9 +100,18 @@ def is_orthonormal(basis: Array) -> Array:
     That is half of the digits: a sound QR or eigh stays far below it, one that failed is off by
     about one. A NaN fails every comparison.
     """
+    return departure_from_orthonormality(basis) <= jnp.sqrt(jnp.finfo(basis.dtype).eps)
+
+
+def departure_from_orthonormality(basis: Array) -> Array:
+    """The largest entry of `|Q^T Q - I|`; NaN where the basis has one."""
     gram = jnp.matmul(basis.T, basis, precision=Precision.HIGHEST)
-    departure = jnp.abs(gram - jnp.eye(len(basis), dtype=basis.dtype))
-    return jnp.all(departure <= jnp.sqrt(jnp.finfo(basis.dtype).eps))
+    return jnp.max(jnp.abs(gram - jnp.eye(len(basis), dtype=basis.dtype)))
+
+
+def rayleigh_quotients(product: Array, basis: Array) -> Array:
+    """The diagonal of `Q^T L Q`, `(d,)`, from the product `L Q`."""
+    return jnp.sum(basis * product, axis=0)
 
 
 # LAPACK is called for one matrix at a time, whatever surrounds the call. Batched decompositions

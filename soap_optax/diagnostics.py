@@ -1,0 +1,211 @@
+"""How well an optimizer's state is doing, as scalars for a logger. Nothing here changes a state.
+
+Every equation takes one factor `L` and its basis `Q`, both `(d, d)`, and no decomposition. All
+products state the highest precision: what they measure is as small as a TF32 product's error.
+"""
+
+import functools
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import Precision
+
+from soap_optax.basis import departure_from_orthonormality, rayleigh_quotients
+from soap_optax.state import RavelledState, ScaleBySoapState, StackState
+
+
+def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
+    r"""Gives scalars that say how an optimizer's state is doing, for a logger.
+
+    For each kind of block, such as ``"512x2048"``:
+
+    - ``soap/512x2048/off_diagonal_mass``: how far the bases are from the factors' eigenvectors,
+      :math:`\|B - \mathrm{diag}(B)\|_F / \|B\|_F` of :math:`B = Q^\top L Q`. It is 0 in the
+      eigenbasis and at most 1.
+    - ``soap/512x2048/departure_from_orthonormality``: the largest entry of
+      :math:`|Q^\top Q - I|`. A refresh whose result exceeds the square root of the machine epsilon
+      (3.5e-4 in float32) is refused.
+    - ``soap/512x2048/condition_number``: the largest entry of the diagonal of :math:`B` over the
+      smallest. These Rayleigh quotients are the eigenvalues where the off-diagonal mass is 0, and
+      lie between the smallest and the largest elsewhere, so that the true condition number is no
+      smaller. What exceeds the inverse of the machine epsilon (8.4e6 in float32) is rounding and
+      is reported as that bound; a factor that is still zero, as 1.
+    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`, with 0 where
+      :math:`V'` is 0. It is the size of an update before ``eps``, bias correction,
+      ``normalize_grads``, weight decay and learning rate, none of which the state knows.
+
+    The first three are the largest over the factors of the first `sample` blocks; the fourth is of
+    all blocks, and also given for the parameters with no preconditioned axis, as
+    ``soap/ravelled/direction_rms``. For all blocks and parameters together:
+
+    - ``soap/age``: the largest number of updates since a block's last refresh was due.
+    - ``soap/refreshes``: bases adopted so far, summed over the blocks.
+    - ``soap/refused_refreshes``: refreshes refused so far, summed over the blocks.
+    - ``soap/refused_gradients``: gradients refused so far, summed over blocks and ravelled
+      parameters.
+
+    The two products for each factor take :math:`4 (m^3 + n^3)` operations for a sampled block of
+    shape `(m, n)`; a step takes :math:`6 m n (m + n)` for every block.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, soap_optax
+      >>> optimizer = soap_optax.soap(3e-3)
+      >>> @jax.jit
+      ... def step(grads, state, params):
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     return updates, state, soap_optax.diagnostics(state)
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> _, state, scalars = step(params, optimizer.init(params), params)
+      >>> int(scalars["soap/refused_gradients"])
+      0
+
+    Args:
+      state: the state of any Optax transformation that has a `ScaleBySoapState` somewhere inside.
+        Where there are several, as under `optax.partition`, the keys begin with ``soap_0/``,
+        ``soap_1/`` and so on, in the order of the tree.
+      sample: how many blocks of each kind to multiply, the first ones; None means all.
+
+    Returns:
+      Scalars by name, float32 or int32.
+
+    Raises:
+      ValueError: where `state` has no `ScaleBySoapState` inside, or `sample` is less than 1.
+      TypeError: where `sample` is not an integer.
+    """
+    _check_sample(sample)
+    states = [
+        _arrays_of(node) for node in jax.tree.leaves(state, is_leaf=_is_soap) if _is_soap(node)
+    ]
+    if not states:
+        raise ValueError(
+            f"state must have a ScaleBySoapState inside, got {type(state).__name__}; pass the "
+            "whole state that the optimizer's init or update returned"
+        )
+    prefixes = ["soap"] if len(states) == 1 else [f"soap_{n}" for n in range(len(states))]
+    return {
+        f"{prefix}/{name}": scalar
+        for prefix, soap_state in zip(prefixes, states, strict=True)
+        for name, scalar in _scalars_of(soap_state, sample).items()
+    }
+
+
+def off_diagonal_mass(product: Array, basis: Array) -> Array:
+    """The part of the norm of `B = Q^T L Q` that is off its diagonal, from the product `L Q`.
+
+    Because `Q` is orthonormal, `L Q = Q B` has the norm of `B`, and `L Q - Q diag(B)` that of `B`
+    without its diagonal: the difference is taken entry by entry, and not between two norms, which
+    would cancel.
+    """
+    largest = jnp.max(jnp.abs(product))
+    scaled = product / jnp.where(largest > 0, largest, 1)  # Else squares overflow, or vanish.
+    off_diagonal = scaled - basis * rayleigh_quotients(scaled, basis)
+    whole = jnp.sqrt(jnp.sum(jnp.square(scaled)))
+    return jnp.sqrt(jnp.sum(jnp.square(off_diagonal))) / jnp.where(whole > 0, whole, 1)
+
+
+def condition_number(quotients: Array) -> Array:
+    """The largest Rayleigh quotient over the smallest, where that can be told from rounding."""
+    largest = jnp.max(quotients)
+    smallest_over_largest = jnp.min(quotients) / jnp.where(largest > 0, largest, 1)
+    ratio = 1 / jnp.maximum(smallest_over_largest, jnp.finfo(quotients.dtype).eps)
+    return jnp.where(largest > 0, ratio, 1)
+
+
+def direction_rms(mu: Array, nu: Array) -> Array:
+    """The root mean square of `M' / sqrt(V')`, with 0 where `V'` is 0."""
+    root = jnp.sqrt(nu)
+    direction = jnp.where(root > 0, mu.astype(nu.dtype) / jnp.where(root > 0, root, 1), 0)
+    return jnp.sqrt(jnp.mean(jnp.square(direction)))
+
+
+def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
+    stacks, vectors = list(state.stacks.values()), list(state.ravelled.values())
+    scalars = {
+        f"{kind}/{name}": scalar
+        for kind, stack in state.stacks.items()
+        for name, scalar in _scalars_of_stack(stack, sample).items()
+    }
+    if vectors:
+        scalars["ravelled/direction_rms"] = _rms_of_vectors(vectors)
+    return scalars | {
+        "age": functools.reduce(jnp.maximum, [jnp.max(s.age) for s in stacks], jnp.int32(0)),
+        "refreshes": _total([stack.refreshes for stack in stacks]),
+        "refused_refreshes": _total([stack.refused_refreshes for stack in stacks]),
+        "refused_gradients": _total([part.refused_gradients for part in [*stacks, *vectors]]),
+    }
+
+
+def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]:
+    worst = functools.reduce(
+        functools.partial(jax.tree.map, jnp.maximum),
+        [
+            jax.tree.map(jnp.max, jax.vmap(_scalars_of_factor)(*_sampled(pair, stack, sample)))
+            for pair in zip(stack.factors, stack.bases, strict=True)
+        ],
+    )
+    scalars = worst | {"direction_rms": direction_rms(stack.mu, stack.nu)}
+    return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
+
+
+def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
+    product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
+    return {
+        "off_diagonal_mass": off_diagonal_mass(product, basis),
+        "departure_from_orthonormality": departure_from_orthonormality(basis),
+        "condition_number": condition_number(rayleigh_quotients(product, basis)),
+    }
+
+
+def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
+    """The factors and bases of the first blocks, `(sample, d, d)`.
+
+    A state that was made under `vmap` has more leading axes than that of the blocks.
+    """
+    blocks = stack.age.size
+    stacked = [array.reshape(blocks, *array.shape[-2:]) for array in pair]
+    return stacked if sample is None else [_first(array, min(sample, blocks)) for array in stacked]
+
+
+def _first(array: Array, count: int) -> Array:
+    """The first blocks of a stack, on every device."""
+    sharding = jax.typeof(array).sharding
+    if sharding.spec[0] is None:
+        return array[:count]
+    # Where an explicit mesh shards the stack, JAX refuses to slice and has to be told the result's
+    # sharding; a slice has no place to say it.
+    unsharded = sharding.update(spec=jax.P(None, *sharding.spec[1:]))
+    return array.at[jnp.arange(count)].get(out_sharding=unsharded)
+
+
+def _rms_of_vectors(vectors: Sequence[RavelledState]) -> Array:
+    """The root mean square of the direction over vectors of several dtypes."""
+    squares = [
+        jnp.square(direction_rms(v.mu, v.nu)).astype(jnp.float32) * v.nu.size for v in vectors
+    ]
+    return jnp.sqrt(sum(squares, jnp.float32(0)) / sum(v.nu.size for v in vectors))
+
+
+def _total(counters: Sequence[Array]) -> Array:
+    return sum((jnp.sum(counter, dtype=jnp.int32) for counter in counters), jnp.int32(0))
+
+
+def _is_soap(node: Any) -> bool:
+    return isinstance(node, ScaleBySoapState)
+
+
+def _arrays_of(state: ScaleBySoapState) -> ScaleBySoapState:
+    """The state with plain arrays: `flax.nnx.Optimizer` makes a variable of every one of them."""
+    return jax.tree.map(jnp.asarray, state, is_leaf=lambda node: hasattr(node, "__jax_array__"))
+
+
+def _check_sample(sample: Any) -> None:
+    if sample is None:
+        return
+    if isinstance(sample, bool) or not isinstance(sample, numbers.Integral):
+        raise TypeError(f"sample must be None or an integer of at least 1, got {sample!r}")
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, got {sample}; None takes all blocks")

@@ -1,0 +1,127 @@
+"""Which parameters SOAP is for, told from their paths and shapes, for `optax.partition`."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+_EMBEDDING = re.compile(
+    "embs?|embed(s|ded|der|ding|dings)?|unembed(der|ding)?|wte|wpe|vocab|vocabulary"
+)
+_HEAD = re.compile("logits?|classifier|lmhead")
+_POSITION = {"pos", "position", "positions", "positional"}
+_TABLE = {"bias", "code", "codes", "enc", "encoding", "encodings", "table"}
+_TOKEN = {"token", "tokens"}
+_ATTENTION = {"attend", "attention", "attn", "gqa", "mha", "mqa", "multihead", "sa"}
+_VECTOR = {"bias", "biases", "scale"}
+
+
+def default_labels(params: Any) -> Any:
+    """Labels each parameter ``"soap"`` or ``"adamw"``, by its path and shape.
+
+    Matrices, and arrays of more dimensions, are for SOAP. For AdamW are
+
+    - scalars and vectors, also where axes of length 1 make one look like more, as in ``(1, 1, d)``;
+    - parameters whose own name ends in ``bias`` or ``scale``: attention's biases have two axes, and
+      so have all biases where layers are stacked for `jax.lax.scan`;
+    - embeddings, tables of positions or tokens, and output heads, told from the path.
+
+    Parts of a path are separated by ``/`` or ``.`` where they are not keys of their own. Every part
+    of the path is taken as words, in lower case: ``lm_head``, ``LMHead_0`` and
+    ``lm-head`` are the words *lm* and *head*. Numbers are no words. A parameter is an embedding, a
+    table or a head if a part of its path
+
+    - has one of the words *emb, embs, embed, embeds, embedded, embedder, embedding, embeddings,
+      unembed, unembedder, unembedding, wte, wpe, vocab, vocabulary, logit, logits, classifier,
+      lmhead*;
+    - is nothing but *pos*, *position*, *positions*, *positional* or *tok*, or has one of the first
+      four and ends in *bias, code, codes, enc, encoding, encodings* or *table*;
+    - ends in *token* or *tokens*;
+    - is more than *head*, ends in it, and does not name attention itself; or is nothing but *head*
+      and no part before it names attention, as the heads that are modules of an attention do.
+
+    What names attention is one of *attend, attention, attn, gqa, mha, mqa, multihead, sa*, or
+    *multi* before *head* or *heads*. The parts ``heads``, ``head_dim`` and ``multi_head_attention``
+    do not end in *head* to begin with.
+
+    So ``token_mixing/kernel``, ``attention/out/kernel`` and ``position_wise_ffn/kernel`` are for
+    SOAP. So is an output head under a name such as ``output``, which attention uses as well.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, soap_optax
+      >>> params = {
+      ...     "wte": {"embedding": jnp.ones((100, 8))},
+      ...     "mlp": {"kernel": jnp.ones((8, 32)), "bias": jnp.zeros(32)},
+      ...     "lm_head": {"kernel": jnp.ones((8, 100))},
+      ... }
+      >>> soap_optax.default_labels(params)["mlp"]
+      {'bias': 'adamw', 'kernel': 'soap'}
+      >>> optimizer = optax.partition(
+      ...     {"soap": soap_optax.soap(3e-3), "adamw": optax.adamw(3e-3)},
+      ...     soap_optax.default_labels,
+      ... )
+      >>> state = optimizer.init(params)
+      >>> list(optax.tree.get(state, "stacks"))
+      ['8x32']
+
+    Args:
+      params: a tree of parameters, of their shapes, or of gradients.
+
+    Returns:
+      The same tree with a label in place of every leaf. What is not a leaf, such as None or
+      `optax.MaskedNode`, stays.
+    """
+    return jax.tree_util.tree_map_with_path(_label, params)
+
+
+def _label(path: Sequence[Any], leaf: Any) -> Literal["soap", "adamw"]:
+    text = jax.tree_util.keystr(tuple(_without_value(path)), simple=True, separator="/")
+    parts = [_words(part) for part in re.split("[/.]", text)]
+    is_vector = sum(length != 1 for length in np.shape(leaf)) < 2
+    if is_vector or _last(parts[-1]) in _VECTOR or _is_table_or_head(parts):
+        return "adamw"
+    return "soap"
+
+
+def _is_table_or_head(parts: Sequence[Sequence[str]]) -> bool:
+    """Whether the words of any part of a path name an embedding, a table or an output head."""
+    return any(
+        any(_EMBEDDING.fullmatch(word) or _HEAD.fullmatch(word) for word in words)
+        or _is_position_table(words)
+        or words == ["tok"]
+        or _last(words) in _TOKEN
+        or _is_output_head(words, before=parts[:number])
+        for number, words in enumerate(parts)
+    )
+
+
+def _is_position_table(words: Sequence[str]) -> bool:
+    only_position = len(words) == 1 and words[0] in _POSITION
+    return only_position or (_last(words) in _TABLE and not _POSITION.isdisjoint(words))
+
+
+def _is_output_head(words: Sequence[str], before: Sequence[Sequence[str]]) -> bool:
+    suspects = [words, *before] if words == ["head"] else [words]
+    return _last(words) == "head" and not any(map(_names_attention, suspects))
+
+
+def _names_attention(words: Sequence[str]) -> bool:
+    multi_head = {("multi", "head"), ("multi", "heads")}
+    return not (_ATTENTION.isdisjoint(words) and multi_head.isdisjoint(itertools.pairwise(words)))
+
+
+def _words(part: str) -> list[str]:
+    """The words of one part of a path, in lower case: `LMHead_0` is *lm* and *head*."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+
+
+def _last(words: Sequence[str]) -> str:
+    return words[-1] if words else ""
+
+
+def _without_value(path: Sequence[Any]) -> Sequence[Any]:
+    """A path without the attribute of the variable that `flax.nnx` wraps every array in."""
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
