@@ -1,0 +1,145 @@
+"""A byte-level GPT in Flax NNX, and the text it learns from."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+# Text ---------------------------------------------------------------------------------------------
+
+MAX_BYTES = 32 * 2**20
+
+# What not every installation has, and what is a table more than it is code.
+SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "tkinter"}
+SKIPPED_FOLDERS |= {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data"}
+
+
+def standard_library() -> list[Path]:
+    """Returns the source files of this Python's own standard library, in fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    return [
+        root / name
+        for name in sorted(names, key=Path.as_posix)
+        if SKIPPED_FOLDERS.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
+    ]
+
+
+def files_in(path: Path) -> list[Path]:
+    """Returns `path` itself, or the files of the folder `path` in fixed order, save hidden ones."""
+    if not path.is_dir():
+        return [path]
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [path / name for name in sorted(visible, key=Path.as_posix)]
+
+
+def read_text(files: Sequence[Path]) -> np.ndarray:
+    """Returns the first `MAX_BYTES` bytes of the files, joined in the order given."""
+    text = bytearray()
+    for path in files:
+        with path.open("rb") as file:
+            text += file.read(MAX_BYTES - len(text))
+    return np.frombuffer(bytes(text), np.uint8)
+
+
+def random_batches(
+    text: np.ndarray, batch_size: int, context: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yields `(batch_size, context + 1)` bytes from random places, the same ones for one seed."""
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(len(text) - context, size=(batch_size, 1))
+        yield text[starts + np.arange(context + 1)]
+
+
+def even_batches(text: np.ndarray, batches: int, batch_size: int, context: int) -> np.ndarray:
+    """Returns `(batches, batch_size, context + 1)` bytes from evenly spaced places."""
+    starts = np.linspace(0, len(text) - context - 1, batches * batch_size).astype(int)
+    return text[starts.reshape(batches, batch_size, 1) + np.arange(context + 1)]
+
+
+# Model --------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """The size of a `GPT`; `heads` divides `width`."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+
+
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs, stddev: float = 0.02) -> nnx.Linear:
+    """Returns a linear map without bias."""
+    init = nnx.initializers.normal(stddev)
+    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Causal attention, then a GELU MLP, each behind a norm and added to its input."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        width, residual_stddev = size.width, 0.02 / math.sqrt(2 * size.layers)
+        self.heads = size.heads
+        self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.query = linear(width, width, rngs)
+        self.key = linear(width, width, rngs)
+        self.value = linear(width, width, rngs)
+        self.mix = linear(width, width, rngs, residual_stddev)
+        self.mlp_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.up = linear(width, 4 * width, rngs)
+        self.down = linear(4 * width, width, rngs, residual_stddev)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(B, T, C)` to `(B, T, C)`."""
+        y = self.attention_norm(x)
+        heads = (*y.shape[:2], self.heads, -1)  # (B, T, H, C / H)
+        query, key, value = (f(y).reshape(heads) for f in (self.query, self.key, self.value))
+        seen = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.mix(seen.reshape(x.shape))
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nnx.Module):
+    """A pre-norm transformer over bytes with learned positions, no biases and an untied head."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        width, init = size.width, nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(256, width, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(size.context, width, embedding_init=init, rngs=rngs)
+        self.blocks = nnx.List([Block(size, rngs) for _ in range(size.layers)])
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.head = linear(width, 256, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps bytes, `(B, T)`, to the logits of the bytes that follow, `(B, T, 256)`."""
+        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+Loss = Callable[[nnx.State, jax.Array], jax.Array]
+
+
+def make_model(size: Size, seed: int) -> tuple[nnx.State, Loss]:
+    """Returns the initial parameters and the mean cross-entropy, in nats a byte, of a batch."""
+    graph, params = nnx.split(GPT(size, nnx.Rngs(seed)))
+
+    def loss(params: nnx.State, windows: jax.Array) -> jax.Array:  # (B, T + 1) -> ()
+        tokens = windows.astype(jnp.int32)
+        logits = nnx.merge(graph, params)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return params, loss
