@@ -1,6 +1,7 @@
 """SOAP, Adam in the eigenbasis of Shampoo's preconditioner, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
+from soap_optax.checkpoints import check_checkpoint
 from soap_optax.description import Description, ParameterDescription, describe
 from soap_optax.diagnostics import diagnostics
 from soap_optax.labels import default_labels
@@ -16,6 +17,7 @@ __all__ = [
     "RavelledState",
     "ScaleBySoapState",
     "StackState",
+    "check_checkpoint",
     "default_labels",
     "describe",
     "diagnostics",

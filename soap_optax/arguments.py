@@ -32,10 +32,10 @@ def check_decay(name: str, value: Any) -> None:
 def check_eps(value: Any) -> None:
     """Raises unless `value` is positive and finite."""
     number = _number(value, "eps must be a positive number")
-    if not _is_traced(number) and not 0 < np.float32(number) < math.inf:
+    if not _is_traced(number) and not np.finfo(np.float32).tiny <= np.float32(number) < math.inf:
         raise ValueError(
-            f"eps must be positive and finite as a float32, got {value}; it keeps an entry that "
-            "never had a gradient from becoming 0/0, and 1e-30 is as good as none"
+            f"eps must be positive and finite as a normal float32, got {value}; it keeps an entry "
+            "that never had a gradient from becoming 0/0, and 1e-30 is as good as none"
         )
 
 
@@ -79,6 +79,11 @@ def check_frequency(value: Any) -> None:
         raise ValueError(
             f"precondition_frequency must be at least 1, got {value}; 1 refreshes in every step, "
             "and for no preconditioning use optax.adamw"
+        )
+    if number > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"precondition_frequency must fit into 32 bits, got {value}; 2147483647 never "
+            "refreshes after the first basis"
         )
     if number != int(number):
         raise ValueError(
@@ -146,7 +151,7 @@ def check_leaves(paths: Sequence[Any], dtypes: Sequence[DTypeLike]) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             where = jax.tree_util.keystr(path) or "the tree itself"
             raise TypeError(
-                f"every leaf must be a real floating-point array, got {jnp.dtype(dtype).name} at "
+                f"every leaf must be a real floating-point array, got {dtype} at "
                 f"{where}; leave it out with optax.masked, or give it an optimizer of its own with "
                 "optax.partition"
             )

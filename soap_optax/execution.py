@@ -21,7 +21,7 @@ from soap_optax.state import Eigenframe, RavelledState, StackState
 def update_stack(
     grads: Array,
     state: StackState,
-    axes: Sequence[int],
+    axes: tuple[int, ...],
     hyper: Hyperparameters,
     frequency: ArrayLike,
 ) -> tuple[Array, StackState]:
@@ -38,8 +38,11 @@ def update_stack(
         return jax.vmap(step)(grads, accepted, state)
 
 
+# Outside `jax.jit` a conditional is compiled anew in every call, because its branches are functions
+# made in that call: seconds, where the step takes a millisecond.
+@partial(jax.jit, static_argnames="axes")
 def refresh_if_due(
-    state: StackState, accepted: Array, axes: Sequence[int], frequency: ArrayLike
+    state: StackState, accepted: Array, axes: tuple[int, ...], frequency: ArrayLike
 ) -> StackState:
     """Refreshes the bases of those blocks whose turn it is.
 
@@ -173,15 +176,17 @@ def hide_from_cpu_compiler(numbers: Sequence[int], count: Array) -> dict[int, Ar
       numbers: distinct numbers, at least 0.
       count: a scalar of the state that is never negative, which the compiler does not know.
     """
-    if not numbers:
-        return {}
+    return dict(zip(numbers, _hidden(tuple(numbers), count), strict=True))
+
+
+@partial(jax.jit, static_argnames="numbers")
+def _hidden(numbers: tuple[int, ...], count: Array) -> tuple[Array, ...]:
     known = tuple(jnp.asarray(number, jnp.int32) for number in numbers)
 
-    def hidden() -> tuple[Array, ...]:
+    def behind_a_conditional() -> tuple[Array, ...]:
         return lax.cond(any_unbatched(count >= 0), lambda: known, lambda: known[:1] * len(known))
 
-    scalars = lax.platform_dependent(cpu=hidden, default=lambda: known)
-    return dict(zip(numbers, scalars, strict=True))
+    return lax.platform_dependent(cpu=behind_a_conditional, default=lambda: known) if known else ()
 
 
 def _consecutive_slices(lengths: Sequence[int]) -> list[slice]:

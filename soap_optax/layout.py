@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax.views import Axes, AxesMark, Cut, Shape, View, view_of
@@ -236,23 +236,30 @@ def scatter(plan: Plan, blocks: Mapping[Region, Array], leaves: Sequence[ArrayLi
             whole = _from_view(whole, plan.views[leaf], shape)
         else:
             whole = jnp.zeros(shape)
-        wholes.append(_reshard(whole.astype(jnp.result_type(like)), _explicit_spec(like)))
+        wholes.append(_split_like(whole.astype(jnp.result_type(like)), like))
     return wholes
 
 
 def _to_view(leaf: ArrayLike, view: View) -> Array:
-    whole = _reshard(jnp.asarray(leaf), PartitionSpec() if _explicit_spec(leaf) else None)
-    return jnp.transpose(whole, view.order).reshape(view.shape)
+    return jnp.transpose(_gathered(jnp.asarray(leaf)), view.order).reshape(view.shape)
 
 
-def _explicit_spec(leaf: ArrayLike) -> PartitionSpec | None:
-    """How a leaf is split over an explicit mesh; None where it is not, or not on one."""
+def _gathered(leaf: Array) -> Array:
+    """The same leaf, whole on every device where an explicit mesh splits it."""
     sharding = jax.typeof(leaf).sharding
-    return sharding.spec if sharding.mesh.explicit_axes and any(sharding.spec) else None
+    if not _is_split(leaf):
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _reshard(array: Array, spec: PartitionSpec | None) -> Array:
-    return array if spec is None else jax.sharding.reshard(array, spec)
+def _split_like(leaf: Array, like: ArrayLike) -> Array:
+    """The leaf split over an explicit mesh as another is."""
+    return jax.sharding.reshard(leaf, jax.typeof(like).sharding) if _is_split(like) else leaf
+
+
+def _is_split(leaf: ArrayLike) -> bool:
+    sharding = jax.typeof(leaf).sharding
+    return bool(sharding.mesh.explicit_axes) and any(sharding.spec)
 
 
 def _from_view(array: Array, view: View, shape: Shape) -> Array:

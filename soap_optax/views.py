@@ -81,7 +81,7 @@ def merged_shape(shape: Shape, cut: Cut) -> Shape:
     They do the same to every leaf of two or more dimensions, so that one may merge into a vector,
     which is then preconditioned whatever `precondition_1d` says.
     """
-    if not cut.merge_dims or len(shape) < 2:
+    if not cut.merge_dims or len(shape) < 2 or 0 in shape:
         return shape
     merged: list[int] = []
     current = 1

@@ -66,9 +66,9 @@ def scanned(tree, steps, seeds=None, **options):
 CASES = {
     "jitted steps": """
 step_by_step({"a large matrix": (256, 256)}, steps=3)  # With threads, a second each on two cores.
-step_by_step({f"matrix {index} of eight": (128, 128) for index in range(8)}, steps=10)
+step_by_step({f"matrix {index} of eight": (128, 128) for index in range(8)}, steps=8)
 step_by_step(
-    {"tiles": (64, 48), "three dimensions": (12, 20, 8), "vector": (20,), "long vector": (64,)},
+    {"matrix in tiles": (64, 48), "three dimensions": (12, 20, 8), "vector in tiles": (64,)},
     steps=60,
     precondition_1d=True,
     block_size=32,

@@ -131,13 +131,10 @@ STATIC: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_every_other_argument_may_be_injected_and_changed_between_steps(name: str) -> None:
-    static_args = soap_optax.STATIC_ARGS if name == "soap" else soap_optax.STATIC_ARGS[1:]
-    traced: dict[str, Any] = dict(TRACED)
-    if name == "soap":
-        traced |= {"learning_rate": 0.1, "weight_decay": 0.2}
-    injected = optax.inject_hyperparams(factory(name), static_args=static_args)
+def test_every_other_argument_may_be_injected_and_changed_between_steps() -> None:
+    traced = {**TRACED, "learning_rate": 0.1, "weight_decay": 0.2}
+    static_args = soap_optax.STATIC_ARGS
+    injected = optax.inject_hyperparams(soap_optax.soap, static_args=static_args)
     optimizer = injected(**traced, **STATIC)
     params = {"kernel": jnp.ones((4, 3))}
     rng = np.random.default_rng(0)
@@ -151,10 +148,10 @@ def test_every_other_argument_may_be_injected_and_changed_between_steps(name: st
 
     @jax.jit
     def plain_step(grads: Any, state: Any, traced: dict[str, Any]) -> Any:
-        return factory(name)(**traced, **STATIC).update(grads, state, params)
+        return soap_optax.soap(**traced, **STATIC).update(grads, state, params)
 
     state: Any = optimizer.init(params)
-    plain_state = factory(name)(**traced, **STATIC).init(params)
+    plain_state = soap_optax.soap(**traced, **STATIC).init(params)
     assert {key: float(value) for key, value in state.hyperparams.items()} == pytest.approx(traced)
     for call, grad in enumerate(grads):
         if call == 3:  # The frequency among them: call 3 would have refreshed, and now does not.
@@ -173,6 +170,18 @@ def test_every_other_argument_may_be_injected_and_changed_between_steps(name: st
     ]
     assert [leaf.tolist() for leaf in refreshes] == [[2]]  # Calls 1 and 4; 1 and 3 at frequency 2.
     assert len(traces) == 1
+
+
+def test_static_arguments_of_scale_by_soap_are_all_but_the_first() -> None:
+    with pytest.raises(ValueError, match="mask"):
+        optax.inject_hyperparams(soap_optax.scale_by_soap, static_args=soap_optax.STATIC_ARGS)
+    static_args = soap_optax.STATIC_ARGS[1:]
+    injected = optax.inject_hyperparams(soap_optax.scale_by_soap, static_args=static_args)
+    optimizer = injected(**TRACED, **STATIC)
+    state: Any = optimizer.init(PARAMS)
+    assert set(state.hyperparams) == set(TRACED)
+    shapes = jax.eval_shape(optimizer.update, PARAMS, state)
+    assert jax.tree.structure(shapes) == jax.tree.structure((PARAMS, state))
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -258,11 +267,10 @@ def test_state_holds_plain_arrays_and_nothing_else(params: Any) -> None:
     assert type(state) is soap_optax.ScaleBySoapState
     assert_plain_arrays(state, "")
     grads = jax.tree.map(jnp.ones_like, params)
-    shapes = jax.eval_shape(optimizer.update, grads, state)[1]
-    assert jax.tree.structure(shapes) == jax.tree.structure(state)
-    if params is PARAMS:
-        _, after = jax.jit(optimizer.update)(grads, state)
-        assert_plain_arrays(after, "")
+    _, after = jax.eval_shape(optimizer.update, grads, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert (new.shape, new.dtype, new.weak_type) == (old.shape, old.dtype, old.weak_type)
 
 
 # Imports.

@@ -1,0 +1,101 @@
+"""Whether a checkpoint is of the model, the optimizer and the layout at hand, told leaf by leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from soap_optax.state import LAYOUT_VERSION
+
+
+def check_checkpoint(checkpoint: Any, expected: Any) -> None:
+    """Raises where a checkpoint does not fit the model and the optimizer, and says which leaf.
+
+    Before a checkpoint is read, hand in what it says of its leaves, such as Orbax's metadata. After
+    that, and outside of `jax.jit`, hand in what was restored: only then there are values, and the
+    version of the state's layout is compared. Both may be the whole training state or a part of it.
+    The whole is better: blocks of equal shape share a stack in the order of the parameters, whose
+    names only the parameters themselves have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, soap_optax
+      >>> optimizer = soap_optax.soap(3e-3)
+      >>> def training_state(width):
+      ...     params = {"kernel": jnp.ones((4, width))}
+      ...     return {"params": params, "opt_state": optimizer.init(params)}
+      >>> restored = training_state(3)
+      >>> soap_optax.check_checkpoint(restored, jax.eval_shape(lambda: training_state(3)))
+
+    Args:
+      checkpoint: a tree whose leaves are arrays, or have a `shape` and a `dtype`. Instead of named
+        tuples it may have dicts, and instead of tuples lists, as where Orbax restores without a
+        target: paths are compared, not types.
+      expected: the same part of the training state as the program at hand would make it, as arrays
+        or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape` returns. A leaf that is a number of
+        Python's may have any dtype, and of a `jax.random.key` only the path is compared, because
+        stored keys are plain integers.
+
+    Raises:
+      ValueError: where a SOAP state has a layout version other than this package's, or a leaf has
+        another shape or dtype, is missing, or should not be there.
+    """
+    found, wanted = _leaves_by_path(checkpoint), _leaves_by_path(expected)
+    for path, leaf in found.items():
+        if _is_version(path, leaf) and np.any(np.asarray(leaf) != LAYOUT_VERSION):
+            raise ValueError(
+                f"checkpoint must have layout version {LAYOUT_VERSION}, the one that this "
+                f"soap_optax reads, got {np.asarray(leaf)} at {path}; restore it with the version "
+                "of soap_optax that wrote it, or see the changelog for how to convert it"
+            )
+    # Parameters tend to come last, and the state that follows from them first: name both ends.
+    differing = [path for path in found if path not in wanted]
+    differing += [
+        path for path, leaf in wanted.items() if path not in found or not _agrees(found[path], leaf)
+    ]
+    if differing:
+        first, *others = [
+            f"{path} as {_text(path, found)} where {_text(path, wanted)} is expected"
+            for path in differing
+        ]
+        raise ValueError(
+            "checkpoint must have the leaves of expected, got "
+            + first
+            + (f" (and {len(others)} more, the last {others[-1]})" if others else "")
+            + "; likely it is of another model or another layout version, or was written with "
+            "another block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers "
+            "or mu_dtype: use those of the run that wrote it"
+        )
+
+
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _is_version(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a SOAP state's layout version, and has a value to compare."""
+    has_value = isinstance(leaf, (jax.Array, np.ndarray, np.generic, int))
+    # `flax.nnx` goes on after the name, because it makes a variable of every array.
+    return "layout_version" in path.split("/") and has_value and not isinstance(leaf, Tracer)
+
+
+def _agrees(found: Any, wanted: Any) -> bool:
+    """Whether a leaf has the shape and dtype that are wanted, as far as a checkpoint keeps them."""
+    dtype = getattr(wanted, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended):
+        return True  # A random key: what is stored is its data.
+    if np.shape(found) != np.shape(wanted):
+        return False
+    has_fixed_dtype = dtype is not None and not getattr(wanted, "weak_type", False)
+    return not has_fixed_dtype or getattr(found, "dtype", dtype) == dtype
+
+
+def _text(path: str, leaves: dict[str, Any]) -> str:
+    if path not in leaves:
+        return "nothing"
+    leaf = leaves[path]
+    return f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf).__name__)}"

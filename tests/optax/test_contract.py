@@ -1,0 +1,125 @@
+"""Optax's own tests for contributed optimizers, run against SOAP.
+
+Optax ships its test files with the package. The one for contributed optimizers expands its cases
+from lists of optimizers when it is imported, and looks each up by name in ``optax.contrib``. It is
+imported here once more, with this library's cases in place of those lists.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+from unittest import mock
+
+import optax
+import optax.contrib
+import pytest
+from absl.testing import parameterized
+
+import soap_optax
+
+# The file belongs to the installed Optax, and what it calls may be deprecated by a newer JAX.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def clipped_soap(
+    learning_rate: optax.ScalarOrSchedule, precondition_1d: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """A chain around `scale_by_soap`, without weight decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(10.0),
+        soap_optax.scale_by_soap(precondition_1d=precondition_1d),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "soap": soap_optax.soap,
+    "clipped_soap": clipped_soap,
+}
+
+
+def case(
+    name: str, wrapper: tuple[str, dict[str, Any]] | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """One entry of the lists in Optax's file."""
+    wrapper_name, wrapper_kwargs = wrapper or (None, None)
+    return {
+        "opt_name": name,
+        "opt_kwargs": kwargs,
+        "wrapper_name": wrapper_name,
+        "wrapper_kwargs": wrapper_kwargs,
+    }
+
+
+CASES = [
+    case("soap", learning_rate=1e-2),
+    # Half of the targets are vectors: the options matter where those have a factor as well.
+    case(
+        "soap",
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        precondition_1d=True,
+        precondition_frequency=1,
+        correct_bias=False,
+    ),
+    # Normalised updates never get smaller: the learning rate says how near a minimum they come.
+    case(
+        "soap",
+        learning_rate=1e-3,
+        shampoo_beta=0.8,
+        precondition_1d=True,
+        merge_dims=True,
+        normalize_grads=True,
+        mu_dtype="bfloat16",
+        block_size=2,
+    ),
+    case("clipped_soap", learning_rate=1e-2),
+    # AdamW's decay: one of 1e-2 at this learning rate moves the minimum beyond the tolerance.
+    case("soap", ("mechanize", {"weight_decay": 0.0}), learning_rate=1.0, weight_decay=1e-4),
+    case("soap", ("schedule_free", {"learning_rate": 1e-2}), learning_rate=1e-2, b1=0.0),
+]
+
+
+def contract_of_the_installed_optax() -> type[Any]:
+    """The class in Optax's file for contributed optimizers, expanded over `CASES`."""
+    spec = importlib.util.find_spec("optax.contrib._common_test")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    product = parameterized.product
+
+    def product_over_our_cases(cases: Sequence[dict[str, Any]], **grid: Any) -> Any:
+        assert all(set(case) == set(CASES[0]) for case in cases), "Optax's lists look different now"
+        return product(CASES, **grid)
+
+    with mock.patch.object(parameterized, "product", product_over_our_cases):
+        spec.loader.exec_module(module)
+    return module.ContribTest
+
+
+_inject_hyperparams = optax.inject_hyperparams
+
+
+def inject_hyperparams(
+    factory: Callable[..., optax.GradientTransformation], static_args: Sequence[str]
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """Optax's, told which arguments are static: its file keeps a list of them for its own."""
+    parameters = inspect.signature(factory).parameters
+    ours = [name for name in soap_optax.STATIC_ARGS if name in parameters]
+    return _inject_hyperparams(factory, static_args=(*static_args, *ours))
+
+
+class TestContract(contract_of_the_installed_optax()):
+    """All that Optax asks of a contributed optimizer, with nothing skipped."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, factory in FACTORIES.items():
+            self.enter_context(mock.patch.object(optax.contrib, name, factory, create=True))
+        self.enter_context(
+            mock.patch("optax.schedules._inject.inject_hyperparams", inject_hyperparams)
+        )
+
+    def skipTest(self, reason: Any) -> NoReturn:  # noqa: N802
+        raise AssertionError(f"would skip: {reason}")

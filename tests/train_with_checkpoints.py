@@ -1,0 +1,204 @@
+"""A small training run with checkpoints, in a process that can be killed and watched.
+
+Each process is forked from one that has imported everything and started nothing, which saves most
+of the time that it takes to start. JAX is started by `train`, on as many devices as it is told.
+"""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import soap_optax
+
+BATCH, WIDTH = 16, 6
+
+LIMIT_IN_SECONDS = 300  # From one event to the next, only for what would never end.
+
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    soap_optax.soap(optax.cosine_decay_schedule(1e-2, 1000), precondition_frequency=4),
+)
+
+
+class Event(NamedTuple):
+    """What a process has to tell while it trains.
+
+    Attributes:
+      kind: "resumed", "stepped", "saving" (the save has begun) or "saved" (it is on the disk).
+      step: how many steps the state has behind it.
+      digest: of every bit of the state that was resumed or stepped to.
+    """
+
+    kind: str
+    step: int
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A process that trains, and the end of the pipe at which its events arrive."""
+
+    process: ForkServerProcess
+    events: Connection
+
+    def __iter__(self) -> Iterator[Event]:
+        """The events to come, until the process has ended."""
+        while self.events.poll(LIMIT_IN_SECONDS):
+            try:
+                yield self.events.recv()
+            except EOFError:
+                return
+        self.process.kill()
+        raise TimeoutError(f"no event in {LIMIT_IN_SECONDS} seconds")
+
+    def until(self, kind: str, times: int) -> list[Event]:
+        """The events up to the one that is the last of so many of a kind."""
+        events = []
+        for event in self:
+            events.append(event)
+            times -= event.kind == kind
+            if times == 0:
+                break
+        return events
+
+    def kill(self) -> list[Event]:
+        """Kills the process, which must not have ended, and returns the events that are left."""
+        self.process.kill()
+        events = list(self)
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+        return events
+
+    def finish(self) -> list[Event]:
+        """Lets the process end by itself and returns the events that are left."""
+        events = list(self)
+        self.process.join()
+        assert self.process.exitcode == 0
+        return events
+
+
+def start(
+    directory: pathlib.Path,
+    compiled: pathlib.Path,
+    steps: int,
+    steps_per_checkpoint: int,
+    devices: int = 1,
+) -> Run:
+    """Starts a process that trains; the arguments are those of `train`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "soap_optax"])
+    receiving, sending = context.Pipe(duplex=False)
+    arguments = (directory, compiled, sending, steps, steps_per_checkpoint, devices)
+    process = context.Process(target=train, args=arguments, daemon=True)
+    process.start()
+    sending.close()  # Else the end of the process would not be the end of the events.
+    return Run(process, receiving)
+
+
+def train(
+    directory: pathlib.Path,
+    compiled: pathlib.Path,
+    events: Connection,
+    steps: int,
+    steps_per_checkpoint: int,
+    devices: int,
+) -> None:
+    """Trains from the newest checkpoint on, and writes one at the end at the latest.
+
+    Args:
+      directory: where the checkpoints are.
+      compiled: where compiled programs are kept for the processes to come.
+      events: what takes an `Event` whenever something has happened.
+      steps: how many steps the state has behind it in the end.
+      steps_per_checkpoint: how many steps there are from one checkpoint to the next.
+      devices: how many devices the CPU is to pose as. The batch is divided among them, and each
+        holds the whole state.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    jitted_step = jax.jit(_step, out_shardings=replicated)
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        first = manager.latest_step() or 0
+        state = (
+            manager.restore(first, args=ocp.args.StandardRestore(target(initial_state, replicated)))
+            if first
+            else jax.device_put(initial_state(), replicated)
+        )
+        events.send(Event("resumed", first, _digest(state)))
+        saving = first
+        for step in range(first + 1, steps + 1):
+            state = jitted_step(state, jax.device_put(_batch(step), divided))
+            events.send(Event("stepped", step, _digest(state)))
+            if step % steps_per_checkpoint == 0 or step == steps:
+                manager.wait_until_finished()
+                if saving > first:
+                    events.send(Event("saved", saving))
+                events.send(Event("saving", step))
+                manager.save(step, args=ocp.args.StandardSave(state))  # Writes while we train on.
+                saving = step
+        manager.wait_until_finished()
+        events.send(Event("saved", saving))
+
+
+def initial_state() -> dict[str, Any]:
+    """A network of three square layers, which are one kind of block, and the optimizer's state."""
+    rng = np.random.default_rng(0)
+    layers = [
+        {"kernel": rng.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5, "bias": np.zeros(WIDTH)}
+        for _ in range(3)
+    ]
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layers)
+    return {"params": params, "opt_state": OPTIMIZER.init(params)}
+
+
+def target(initial_state: Callable[[], Any], sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of what a function makes, and where it is to be, for Orbax."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(initial_state),
+    )
+
+
+def _step(state: dict[str, Any], inputs: jax.Array) -> dict[str, Any]:
+    grads = jax.grad(_loss)(state["params"], inputs)
+    updates, opt_state = OPTIMIZER.update(grads, state["opt_state"], state["params"])
+    return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+
+
+def _loss(params: Any, inputs: jax.Array) -> jax.Array:
+    outputs = inputs
+    for layer in params:
+        outputs = jnp.tanh(outputs @ layer["kernel"] + layer["bias"])
+    return jnp.mean((outputs - jnp.sin(3 * inputs)) ** 2)
+
+
+def _batch(step: int) -> np.ndarray:
+    """The inputs of a step, `(BATCH, WIDTH)`. They depend on nothing but its number."""
+    return np.random.default_rng([1, step]).normal(size=(BATCH, WIDTH)).astype(np.float32)
+
+
+def _digest(state: Any) -> str:
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()
