@@ -101,7 +101,7 @@ def train(optimizer: optax.GradientTransformation, params: Tree, state: Tree) ->
     step = jax.jit(make_step(optimizer))
     for _ in range(STEPS):
         params, state = step(params, state)
-    return params, step._cache_size()
+    return params, step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
 
 
 @functools.cache
@@ -253,7 +253,7 @@ def automatic_mesh_keeps_stated_shardings_with_one_program() -> None:
     for _ in range(STEPS):
         params, state = step(params, state)
     assert_equals_single_device_run(params, block_size=4)
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
     kept = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, placement)
     assert jax.tree.all(kept)
 
