@@ -1,6 +1,7 @@
 """Gradients and refreshes that cannot be trusted: held back block by block, and counted."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import basis
+from soap_optax import basis, execution
 
 Tree = dict[str, Any]  # Arrays by name, or trees of them.
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
@@ -260,6 +261,9 @@ def step_with_failing_refresh() -> Step:
             )[failure]
 
         with pytest.MonkeyPatch.context() as patch:
+            # Without its own jit, whose cache would outlive the functions put in below.
+            unjitted = inspect.unwrap(execution.refresh_if_due)
+            patch.setattr(execution, "refresh_if_due", unjitted)
             patch.setattr(basis, "orthonormal_factor", lambda matrix: spoil(sound_qr(matrix)))
             patch.setattr(
                 basis, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
