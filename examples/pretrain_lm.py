@@ -4,15 +4,15 @@
 
 trains SOAP and AdamW from the same initial weights on the same batches and says at which step SOAP
 reached AdamW's final held-out loss. The text is the source of Python's standard library, or what
---data names; its last tenth is held out. --out receives metrics.csv, a row for each evaluation,
-written as it is measured, and loss.png.
+--data names; its last tenth is held out. --out receives metrics.csv, a row for each evaluation, and
+diagnostics.csv, what SOAP's state said at that step, both written as they are measured; and the
+pictures of them, loss.png and diagnostics.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import math
 import os
 import sys
@@ -40,10 +40,19 @@ from byte_gpt import (
     standard_library,
 )
 from flax import nnx
-from matplotlib.figure import Figure
+from reports import (
+    Row,
+    Run,
+    closing_table,
+    counters,
+    draw_curves,
+    draw_diagnostics,
+    progress,
+    verdict,
+)
 from tqdm import tqdm
 
-from soap_optax import soap
+from soap_optax import diagnostics, soap
 
 
 class Settings(argparse.Namespace):
@@ -81,12 +90,18 @@ CLIP_NORM = 1.0
 WEIGHT_DECAY = 0.01
 
 
+def nothing(state: optax.OptState) -> dict[str, jax.Array]:  # noqa: ARG001
+    """What the state of an optimizer without diagnostics says."""
+    return {}
+
+
 class Optimizer(NamedTuple):
-    """How an optimizer is called in print, its default learning rate, and how it is made."""
+    """What an optimizer is called in print, and how it is made and observed."""
 
     label: str
-    learning_rate: float
+    learning_rate: float  # by default
     make: Callable[[optax.Schedule, Settings], optax.GradientTransformation]
+    diagnose: Callable[[optax.OptState], dict[str, jax.Array]] = nothing
 
 
 # Final held-out loss by learning rate, one run each (--optimizer NAME --learning-rate RATE):
@@ -109,6 +124,7 @@ OPTIMIZERS = {
             weight_decay=WEIGHT_DECAY,
             precondition_frequency=settings.precondition_frequency,
         ),
+        diagnostics,
     ),
     "adamw": Optimizer(
         "AdamW",
@@ -147,43 +163,11 @@ EVALUATIONS = 40  # of a run, apart from the one before the first step
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
-class Row(NamedTuple):
-    """One evaluation. The times are those of training steps: no compilation, no evaluation."""
-
-    step: int
-    train_loss: float  # mean since the last row
-    held_out_loss: float
-    tokens_per_second: float  # since the last row
-    seconds: float  # since the first step
-
-
-@dataclasses.dataclass
-class Run:
-    """What training with one optimizer has given so far."""
-
-    optimizer: str
-    learning_rate: float
-    rows: list[Row] = dataclasses.field(default_factory=list)
-    state_bytes: int = 0
-    wall_clock: float = 0.0  # everything: compilation, training, evaluation
-
-    @property
-    def label(self) -> str:
-        """The optimizer's name in print."""
-        return OPTIMIZERS[self.optimizer].label
-
-    @property
-    def best_loss(self) -> float:
-        """The lowest held-out loss."""
-        return min(row.held_out_loss for row in self.rows)
-
-    def first_row_at_or_below(self, held_out_loss: float) -> Row | None:
-        """Returns the first evaluation that had reached `held_out_loss`."""
-        return next((row for row in self.rows if row.held_out_loss <= held_out_loss), None)
-
-
-def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[Row]:
+def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[tuple[Row, dict]]:
     """Trains, and evaluates before the first step, at regular steps and after the last.
+
+    Yields:
+      A row of metrics, and the diagnostics of the optimizer's state by name.
 
     Raises:
       FloatingPointError: a training loss is not finite.
@@ -198,18 +182,20 @@ def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[Row]:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def mean_loss(params: nnx.State, batches: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda windows: loss(params, windows), batches).mean()
+    def observe(params: nnx.State, state: optax.OptState, batches: jax.Array) -> tuple:
+        losses = jax.lax.map(lambda windows: loss(params, windows), batches)
+        return losses.mean(), OPTIMIZERS[run.optimizer].diagnose(state)
 
     context, batch_size = settings.context, settings.batch_size
     batches = random_batches(text.training, batch_size, context, settings.seed)
     held_out = even_batches(text.held_out, *HELD_OUT_BATCHES, context)
     windows = next(batches)
     step_once = jax.jit(take_step, donate_argnums=(0, 1)).lower(params, state, windows).compile()
-    evaluate = jax.jit(mean_loss).lower(params, held_out).compile()
+    evaluate = jax.jit(observe).lower(params, state, held_out).compile()
 
-    row = Row(0, math.nan, float(evaluate(params, held_out)), math.nan, 0.0)
-    yield row
+    held_out_loss, scalars = evaluate(params, state, held_out)
+    row = Row(0, math.nan, float(held_out_loss), math.nan, 0.0)
+    yield row, scalars
     losses, durations = [], []
     for step in range(1, settings.steps + 1):
         started = time.perf_counter()
@@ -227,14 +213,15 @@ def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[Row]:
         bar.update()
         if step % max(1, settings.steps // EVALUATIONS) == 0 or step == settings.steps:
             elapsed = sum(durations)
+            held_out_loss, scalars = evaluate(params, state, held_out)
             row = Row(
                 step,
                 sum(losses) / len(losses),
-                float(evaluate(params, held_out)),
+                float(held_out_loss),
                 batch_size * context * len(durations) / elapsed,
                 row.seconds + elapsed,
             )
-            yield row
+            yield row, scalars
             losses, durations = [], []
 
 
@@ -249,78 +236,6 @@ def describe(settings: Settings) -> str:
         f"Byte-level GPT, {settings.layers} layers of width {settings.width}, "
         f"{count:,} parameters; "
         f"{settings.steps} steps of {settings.batch_size} x {settings.context} bytes"
-    )
-
-
-def draw_curves(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Draws training and held-out loss against steps and against training time."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, field, label in (
-        (left, "step", "step"),
-        (right, "seconds", "seconds of training (no compilation, no evaluation)"),
-    ):
-        for number, run in enumerate(runs):
-            x = [getattr(row, field) for row in run.rows]
-            held_out = [row.held_out_loss for row in run.rows]
-            training = [row.train_loss for row in run.rows]
-            axes.plot(x, held_out, f"C{number}-", label=f"{run.label}, held out")
-            axes.plot(x, training, f"C{number}:", label=f"{run.label}, training")
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    left.set_ylabel("loss, nats a byte")
-    left.legend()
-    figure.savefig(path, dpi=120)
-
-
-def progress(run: Run, steps: int) -> str:
-    """Returns the last evaluation as a line, for logs, where a bar cannot be drawn."""
-    row = run.rows[-1]
-    line = f"{run.label:<5}  step {row.step:>5} of {steps}  held-out loss {row.held_out_loss:.3f}"
-    if row.step == 0:
-        return line
-    left = row.seconds / row.step * (steps - row.step)
-    speed = f"{row.tokens_per_second:>9,.0f} tokens/s"
-    return f"{line}  training loss {row.train_loss:.3f}  {speed}  {left:>4.0f} s left"
-
-
-def closing_table(runs: Sequence[Run], target: Run | None, tokens_per_step: int) -> str:
-    """Returns a line for each run; `target` is the one whose final held-out loss is to be met."""
-
-    def steps_to_target(run: Run) -> str:
-        row = run.first_row_at_or_below(target.rows[-1].held_out_loss) if target else None
-        return f"{row.step}" if row else "-"
-
-    columns: dict[str, Callable[[Run], str]] = {
-        "optimizer": lambda run: run.label,
-        "learning rate": lambda run: f"{run.learning_rate:g}",
-        "train loss": lambda run: f"{run.rows[-1].train_loss:.3f}",
-        "held-out loss": lambda run: f"{run.rows[-1].held_out_loss:.3f}",
-        "best held-out": lambda run: f"{run.best_loss:.3f}",
-        "steps to AdamW's": steps_to_target,
-        "tokens/s": lambda run: (
-            f"{run.rows[-1].step * tokens_per_step / run.rows[-1].seconds:,.0f}"
-        ),
-        "state MB": lambda run: f"{run.state_bytes / 1e6:.1f}",
-        "wall clock s": lambda run: f"{run.wall_clock:.0f}",
-    }
-    lines = [list(columns), *([cell(run) for cell in columns.values()] for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def verdict(run: Run, target: Run) -> str:
-    """Says when `run` reached the final held-out loss of `target`, or that it did not."""
-    goal = target.rows[-1]
-    what = f"{target.label}'s final held-out loss ({goal.held_out_loss:.3f})"
-    row = run.first_row_at_or_below(goal.held_out_loss)
-    if row is None:
-        best = f"its best was {run.best_loss:.3f}"
-        return f"{run.label} did not reach {what} in {goal.step} steps: {best}."
-    return (
-        f"{run.label} reached {what} at step {row.step} of {goal.step} "
-        f"({row.step / goal.step:.0%} of the steps, {row.seconds / goal.seconds:.0%} of the time)."
     )
 
 
@@ -446,20 +361,28 @@ def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
     return Text(text[:-held_out], text[-held_out:])
 
 
-def train_all(settings: Settings, text: Text, runs: list[Run], metrics: TextIO) -> None:
-    """Trains with one optimizer after another, adding to `runs` and `metrics` as it goes."""
-    writer = csv.writer(metrics)
-    writer.writerow(("optimizer", *Row._fields))
+def train_all(
+    settings: Settings, text: Text, runs: list[Run], metrics: TextIO, states: TextIO
+) -> None:
+    """Trains with one optimizer after another, adding to `runs` and to the files as it goes."""
+    write_row, write_scalar = csv.writer(metrics).writerow, csv.writer(states).writerow
+    write_row(("optimizer", *Row._fields))
+    write_scalar(("optimizer", "step", "name", "value"))
     for name, rate in zip(settings.optimizer, settings.learning_rate, strict=True):
         started = time.perf_counter()
-        run = Run(name, rate)
+        run = Run(name, OPTIMIZERS[name].label, rate)
         runs.append(run)
         with tqdm(total=settings.steps, desc=run.label, bar_format=BAR_FORMAT, disable=None) as bar:
-            for row in train(run, settings, text, bar):
+            for row, arrays in train(run, settings, text, bar):
+                scalars = {key: float(array) for key, array in arrays.items()}
                 run.rows.append(row)
+                run.diagnostics.append(scalars)
                 run.wall_clock = time.perf_counter() - started
-                writer.writerow((name, *row))
+                write_row((name, *row))
+                for scalar in scalars.items():
+                    write_scalar((name, row.step, *scalar))
                 metrics.flush()
+                states.flush()
                 if bar.disable:  # standard error is not a terminal
                     print(progress(run, settings.steps), flush=True)
 
@@ -473,7 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = load_text(parser, settings)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        metrics = (settings.out / "metrics.csv").open("w", newline="", encoding="utf-8")
+        metrics, states = (
+            (settings.out / name).open("w", newline="", encoding="utf-8")
+            for name in ("metrics.csv", "diagnostics.csv")
+        )
     except OSError as error:
         parser.error(f"argument --out: cannot write to {error.filename}: {error.strerror}")
     title = describe(settings)
@@ -482,13 +408,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs: list[Run] = []
     problem, code = "", 0
     try:
-        with metrics:
-            train_all(settings, text, runs, metrics)
+        with metrics, states:
+            train_all(settings, text, runs, metrics, states)
     except FloatingPointError as error:
         problem, code = f"error: {error}; try a lower --learning-rate", 1
     except KeyboardInterrupt:
         problem, code = "interrupted", 130
     draw_curves(runs, title, settings.out / "loss.png")
+    for run in runs:
+        if any(run.diagnostics):
+            draw_diagnostics(run, settings.out / "diagnostics.png")
     if problem:
         print(f"{parser.prog}: {problem} (results so far: {settings.out})", file=sys.stderr)
         return code
@@ -498,6 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in runs:
         if target and run is not target:
             print(verdict(run, target))
+    for run in runs:
+        if any(run.diagnostics):
+            print(counters(run))
     print(f"Metrics and curves are in {settings.out}.")
     return 0
 

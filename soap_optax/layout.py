@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from soap_optax.placement import make_whole, split_like
 from soap_optax.views import Axes, AxesMark, Cut, Shape, View, view_of
 
 
@@ -236,30 +235,12 @@ def scatter(plan: Plan, blocks: Mapping[Region, Array], leaves: Sequence[ArrayLi
             whole = _from_view(whole, plan.views[leaf], shape)
         else:
             whole = jnp.zeros(shape)
-        wholes.append(_split_like(whole.astype(jnp.result_type(like)), like))
+        wholes.append(split_like(whole.astype(jnp.result_type(like)), like))
     return wholes
 
 
 def _to_view(leaf: ArrayLike, view: View) -> Array:
-    return jnp.transpose(_gathered(jnp.asarray(leaf)), view.order).reshape(view.shape)
-
-
-def _gathered(leaf: Array) -> Array:
-    """The same leaf, whole on every device where an explicit mesh splits it."""
-    sharding = jax.typeof(leaf).sharding
-    if not _is_split(leaf):
-        return leaf
-    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _split_like(leaf: Array, like: ArrayLike) -> Array:
-    """The leaf split over an explicit mesh as another is."""
-    return jax.sharding.reshard(leaf, jax.typeof(like).sharding) if _is_split(like) else leaf
-
-
-def _is_split(leaf: ArrayLike) -> bool:
-    sharding = jax.typeof(leaf).sharding
-    return bool(sharding.mesh.explicit_axes) and any(sharding.spec)
+    return jnp.transpose(make_whole(jnp.asarray(leaf)), view.order).reshape(view.shape)
 
 
 def _from_view(array: Array, view: View, shape: Shape) -> Array:

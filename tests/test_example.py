@@ -116,6 +116,30 @@ def test_the_curves_are_a_png(both: tuple[Path, str, str]):
     assert is_png(both[0] / "loss.png")
 
 
+def test_soaps_diagnostics_are_written_at_every_evaluation_and_drawn(both: tuple[Path, str, str]):
+    out, stdout, _ = both
+    with (out / "diagnostics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["optimizer"] for row in rows} == {"soap"}
+    names = {row["name"] for row in rows}
+    # The kinds of block of a GPT of width 16, with its 256 bytes and its context of 16.
+    kinds = {"16x16", "16x64", "64x16", "256x16"}
+    assert {name.split("/")[1] for name in names} >= kinds
+    by_step = {step: {} for step in range(STEPS + 1)}
+    for row in rows:
+        by_step[int(row["step"])][row["name"]] = float(row["value"])
+    assert all(set(scalars) == names for scalars in by_step.values())
+    assert all(math.isfinite(value) for scalars in by_step.values() for value in scalars.values())
+    # The first basis comes with the second gradient, the first refresh ten updates later.
+    assert by_step[1]["soap/refreshes"] == 0
+    assert 0 < by_step[2]["soap/refreshes"] == by_step[11]["soap/refreshes"]
+    assert by_step[12]["soap/refreshes"] == 2 * by_step[11]["soap/refreshes"]
+    assert by_step[12]["soap/16x16/off_diagonal_mass"] > 0
+    assert is_png(out / "diagnostics.png")
+    adopted = by_step[STEPS]["soap/refreshes"]
+    assert f"SOAP adopted {adopted:.0f} bases and refused 0; it refused 0 gradients." in stdout
+
+
 def test_the_closing_table_and_the_verdict_agree_with_the_metrics(both: tuple[Path, str, str]):
     out, stdout, _ = both
     lines = stdout.splitlines()
