@@ -19,10 +19,10 @@ FREQUENCY = 3  # The run has a first basis, refreshes, and plain steps between t
 
 # Two programs that round differently agree only where a first basis is unique: where the gradient
 # has full rank along every preconditioned axis, so that no axis may be longer than the other one.
-OPTIONS = {"precondition_frequency": FREQUENCY, "max_precond_dim": 4}
+OPTIONS: dict[str, Any] = {"precondition_frequency": FREQUENCY, "max_precond_dim": 4}
 KINDS = ["4x4", "4x6", "9x4"]
 
-PARAMS = {
+PARAMS: Any = {
     "embed": {"embedding": np.linspace(-1.0, 1.0, 36, dtype=np.float32).reshape(9, 4)},
     "mlp": {
         "kernel": np.linspace(-1.0, 1.0, 16, dtype=np.float32).reshape(4, 4),
@@ -127,7 +127,7 @@ def test_injected_schedule_is_logged_and_changes_no_update() -> None:
     assert_close(history, plain)
     assert_close(soap_state(state), soap_state(plain_state))
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(
-        float(schedule(STEPS - 1)), rel=1e-6
+        float(jnp.asarray(schedule(STEPS - 1))), rel=1e-6
     )
 
 
@@ -141,7 +141,7 @@ def test_injected_learning_rate_may_be_changed_between_steps_without_a_new_progr
         traces.append(None)
         return optimizer.update(grads, state, params)
 
-    state = optimizer.init(PARAMS)
+    state: Any = optimizer.init(PARAMS)
     factors = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0, 3.0]
     plain, _ = run(soap(weight_decay=0.0), gradients())
     for grad, factor, expected in zip(gradients(), factors, plain, strict=True):
@@ -320,7 +320,7 @@ def test_tree_map_params_casts_what_mirrors_parameters_and_leaves_soaps_blocks_a
     """No array of SOAP's state belongs to one parameter: they are blocks of several."""
     optimizer = optax.chain(optax.trace(0.9), soap())
     _, state = run(optimizer, gradients(3))
-    cast = optax.tree_map_params(optimizer, lambda leaf: leaf.astype(jnp.bfloat16), state)
+    cast: Any = optax.tree_map_params(optimizer, lambda leaf: leaf.astype(jnp.bfloat16), state)
     assert {leaf.dtype for leaf in jax.tree.leaves(cast[0])} == {jnp.dtype(jnp.bfloat16)}
     chex.assert_trees_all_equal(cast[1], state[1])
 
