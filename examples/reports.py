@@ -84,7 +84,8 @@ def draw_diagnostics(run: Run, path: Path) -> None:
             if rest == [quantity]:
                 scalars = [evaluation[name] for evaluation in run.diagnostics]
                 axes.plot([row.step for row in run.rows], scalars, label=kind)
-        axes.set(title=title, yscale=scale)
+        has_positive = any(value > 0 for line in axes.lines for value in line.get_ydata())
+        axes.set(title=title, yscale=scale if has_positive else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.supxlabel("step")

@@ -21,7 +21,7 @@ from soap_optax.state import ScaleBySoapState
 def check_decay(name: str, value: Any) -> None:
     """Raises unless `value` is in [0, 1)."""
     number = _number(value, f"{name} must be a number in [0, 1)")
-    if not _is_traced(number) and not 0 <= np.float32(number) < 1:
+    if not _is_traced(number) and not 0 <= _as_float32(number) < 1:
         raise ValueError(
             f"{name} must be in [0, 1) as a float32, got {value}; 0 keeps no memory, 0.95 is the "
             "usual value; if optax.inject_hyperparams rounded it to bfloat16, as it does for "
@@ -32,7 +32,7 @@ def check_decay(name: str, value: Any) -> None:
 def check_eps(value: Any) -> None:
     """Raises unless `value` is positive and finite."""
     number = _number(value, "eps must be a positive number")
-    if not _is_traced(number) and not np.finfo(np.float32).tiny <= np.float32(number) < math.inf:
+    if not _is_traced(number) and not _TINY <= _as_float32(number) < math.inf:
         raise ValueError(
             f"eps must be positive and finite as a normal float32, got {value}; it keeps an entry "
             "that never had a gradient from becoming 0/0, and 1e-30 is as good as none"
@@ -60,8 +60,8 @@ def check_weight_decay(value: Any) -> None:
 
 
 def check_mask(value: Any) -> None:
-    """Raises where a mask is a single value, which `optax.masked` would take for a tree."""
-    if isinstance(value, (bool, str, numbers.Number)):
+    """Raises where a mask is a single value that is no boolean."""
+    if isinstance(value, (str, numbers.Number)) and not isinstance(value, bool):
         raise TypeError(
             "mask must be None, a tree of booleans that matches the parameters, or a function of "
             f"the parameters that returns one, got {value!r}"
@@ -130,7 +130,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_mu_dtype(value: DTypeLike | None) -> None:
-    """Raises unless `value` is None or a floating dtype."""
+    """Raises unless `value` is None or a floating dtype with at least the range of float32."""
     if value is None:
         return
     try:
@@ -142,6 +142,11 @@ def check_mu_dtype(value: DTypeLike | None) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"mu_dtype must be None or a floating dtype such as jnp.bfloat16, got {dtype.name}"
+        )
+    if jnp.finfo(dtype).maxexp < jnp.finfo(np.float32).maxexp:
+        raise ValueError(
+            f"mu_dtype must be as wide in range as float32, got {dtype.name}, in which an ordinary "
+            "gradient may become an infinity; jnp.bfloat16 has that range in 16 bits"
         )
 
 
@@ -175,8 +180,9 @@ def checked_state(state: Any, expected: Any) -> ScaleBySoapState:
             raise ValueError(
                 f"the state does not belong to these gradients: {path} has shape "
                 f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
-                "likely the tree, a shape, or one of block_size, max_precond_dim, merge_dims, "
-                "precondition_1d changed after init, so call init again or restore the options"
+                "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
+                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers changed after "
+                "init, so call init again or restore the options"
             )
     return state
 
@@ -199,6 +205,14 @@ _STATIC_HINT = (
     "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
     "shapes or branches and cannot be traced"
 )
+
+
+_TINY = np.finfo(np.float32).tiny
+
+
+def _as_float32(number: float) -> np.float32:
+    with np.errstate(over="ignore"):  # What is too large becomes an infinity, and is refused.
+        return np.float32(number)
 
 
 def _is_traced(value: Any) -> bool:

@@ -130,7 +130,9 @@ def average_moments(
 
 def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     """Adam's direction before bias correction; `eps` is added to the uncorrected root."""
-    return mu / (jnp.sqrt(nu) + hyper.eps)
+    has_size = nu > 0  # The root of 0 has no finite derivative.
+    root = jnp.where(has_size, jnp.sqrt(jnp.where(has_size, nu, 1)), 0)
+    return mu / (root + hyper.eps)
 
 
 def bias_correction(applied_update: Array, hyper: Hyperparameters) -> Array:
@@ -152,7 +154,12 @@ def normalization(direction: Array, hyper: Hyperparameters) -> Array:
     """
     if not hyper.normalize_grads:
         return jnp.ones_like(hyper.b1)
-    return 1 / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(direction))))
+    largest = jnp.max(jnp.abs(direction))
+    scaled = direction / jnp.where(largest > 0, largest, 1)  # Squares of what is tiny would vanish.
+    mean_square = jnp.mean(jnp.square(scaled))
+    # Where all is zero there is no root to take, nor a derivative of one.
+    root = jnp.sqrt(jnp.where(largest > 0, mean_square, 1))
+    return 1 / (1e-30 + largest * root)
 
 
 def average_factor(factor: Array, gram: Array, accepted: Array, hyper: Hyperparameters) -> Array:

@@ -83,8 +83,8 @@ def scale_by_soap(
         as in the authors' code; Optax's Adam adds it after.
       shampoo_beta: decay of the Kronecker factors, in [0, 1). None means ``b2``.
       precondition_frequency: updates from one refresh of the bases to the next, an integer of at
-        least 1, or a schedule that maps the number of updates applied so far to one. It may be
-        traced.
+        least 1, or a schedule that maps the number of calls of ``update`` so far, not counting the
+        first, to one. It may be traced.
       max_precond_dim: longest axis that gets a factor. A factor of an axis of length `d` takes
         :math:`2 d^2` numbers of state.
       precondition_1d: whether vectors get a factor as well.

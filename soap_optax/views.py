@@ -3,6 +3,7 @@
 import enum
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -141,12 +142,18 @@ def _is_numbers(value: Any) -> bool:
 def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
     if numbers is None:
         return AxesMark.NOT_PRECONDITIONED
-    if not (hasattr(numbers, "reduction_axis") and hasattr(numbers, "output_axis")):
+    if not _is_numbers(numbers) or not hasattr(numbers, "output_axis"):
         raise ValueError(
             "dimension_numbers must be None or have reduction_axis and output_axis, got "
             f"{numbers!r} at {path}; optax.contrib.MuonDimensionNumbers has both"
         )
-    rows, columns = (_as_axes(numbers.reduction_axis), _as_axes(numbers.output_axis))
+    try:
+        rows, columns = _as_axes(numbers.reduction_axis), _as_axes(numbers.output_axis)
+    except TypeError as error:
+        raise TypeError(
+            "dimension_numbers must name axes by integers or sequences of them, got "
+            f"{numbers!r} at {path}"
+        ) from error
     if not all(-ndim <= axis < ndim for axis in rows + columns):
         raise ValueError(
             f"dimension_numbers must name axes of the parameter, got {numbers!r} at {path}, which "
@@ -162,4 +169,8 @@ def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
 
 
 def _as_axes(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    """The axes as Python's integers; raises a TypeError for anything else, booleans included."""
+    axes = tuple(value) if isinstance(value, Sequence) else (value,)
+    if any(isinstance(axis, bool) for axis in axes):
+        raise TypeError
+    return tuple(operator.index(axis) for axis in axes)

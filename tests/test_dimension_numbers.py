@@ -124,6 +124,19 @@ def test_wrong_dimension_numbers_are_named_at_init(numbers, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("axis", [None, 1.0, "1", True, (0, None), (0, False)], ids=repr)
+def test_axes_that_are_no_integers_are_named_at_init(axis):
+    numbers = {"w": MuonDimensionNumbers(0, axis)}
+    with pytest.raises(TypeError, match=r"dimension_numbers must name axes by integers.*\['w'\]"):
+        scale_by_soap(dimension_numbers=numbers).init({"w": jnp.zeros((3, 2))})
+
+
+def test_axes_may_be_numpy_integers_and_lists():
+    numbers = {"w": MuonDimensionNumbers([np.int32(0)], np.int64(-1))}
+    state = scale_by_soap(dimension_numbers=numbers).init({"w": jnp.zeros((3, 2))})
+    assert list(state.stacks) == ["3x2"]
+
+
 def test_dimension_numbers_exclude_merging_and_single_values_when_built():
     with pytest.raises(ValueError, match="merge_dims must be False"):
         scale_by_soap(dimension_numbers=MuonDimensionNumbers(), merge_dims=True)

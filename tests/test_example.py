@@ -204,6 +204,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files(folder: Pat
     assert is_png(tmp_path / "loss.png")
 
 
+def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp_path: Path):
+    (tmp_path / "loss.png").mkdir()
+    arguments = ("--optimizer", "soap", "--steps", "1", "--data", folder, "--out", tmp_path)
+    process = start(*arguments)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"^ +SOAP +0\.03 +\d\.\d{3}", stdout, re.MULTILINE)
+    assert len(rows_of(tmp_path)) == 2
+    assert re.fullmatch(r"pretrain_lm\.py: error: cannot draw .*loss\.png: Is a dir.*\n", stderr)
+
+
 def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--steps", "1000000", "--batch-size", "64")
     process = start(*arguments, "--data", folder, "--out", tmp_path)
@@ -242,7 +253,9 @@ def example() -> ModuleType:
         (["--learning-rate", "1", "2", "3"], ["--learning-rate", "3 for 2 optimizers"]),
         (["--heads", "3"], ["--heads", "divide the width, 16"]),
         (["--data", "{tmp}/absent.txt"], ["--data", "absent.txt", "No such file"]),
+        (["--data", "x" * 300], ["--data", "xxx", "File name too long"]),
         (["--data", "{tmp}/empty"], ["--data", "0 files"]),
+        (["--steps", "1" * 5000], ["--steps", "from 1"]),
         (["--data", "{tmp}/short.txt"], ["--data", "short.txt has 160 bytes", "context, 16"]),
         (["--out", "{tmp}/short.txt"], ["--out", "cannot write to", "short.txt"]),
         (["--out", "{tmp}/short.txt/below"], ["--out", "cannot write to", "below"]),

@@ -231,7 +231,7 @@ def test_only_the_tile_that_holds_the_nan_is_held_back() -> None:
 
 # Refreshes that fail.
 
-SOUND, NAN, INFINITY, NOT_UNIT, NOT_ORTHOGONAL, ZERO = range(6)
+SOUND, NAN, INFINITY, NOT_UNIT, NOT_ORTHOGONAL, ZERO, IDENTITY = range(7)
 FAILURES = {
     "nan": NAN,
     "infinity": INFINITY,
@@ -257,6 +257,7 @@ def step_with_failing_refresh() -> Step:
                     result * 1.001,
                     result.at[:, 0].set(result[:, 1]),
                     jnp.zeros_like(result),
+                    jnp.eye(len(result)),
                 ]
             )[failure]
 
@@ -342,7 +343,6 @@ def test_refresh_from_a_factor_that_is_not_finite_is_refused_and_a_sound_factor_
     sound = state_before(call)
     stack = sound.stacks["6x4"]
     factors = list(stack.factors)
-    # LAPACK returns a finite basis for some matrices that hold a NaN, so the factor is what counts.
     factors[axis] = factors[axis].at[0, 1, 2].set(value).at[0, 2, 1].set(value)
     planted = sound._replace(stacks={"6x4": stack._replace(factors=tuple(factors))})
 
@@ -373,6 +373,23 @@ def test_refresh_from_a_factor_that_is_not_finite_is_refused_and_a_sound_factor_
     assert healed.refused_refreshes.tolist() == [1, 0]
     assert healed.refreshes[0] == stack.refreshes[0] + 1
     assert_all_finite((updates, state))
+
+
+@pytest.mark.parametrize("call", [CALLS["first basis"], CALLS["refresh"]], ids=["first", "later"])
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_sound_basis_of_a_factor_that_is_not_finite_is_refused(value: float, call: int) -> None:
+    """LAPACK returns one for some matrices that hold a NaN, so that the factor is what counts."""
+    step, grads = step_with_failing_refresh(), matrices()
+    state = init(grads[0])
+    for grad in grads[:call]:
+        _, state = step(grad, state, FREQUENCY, SOUND)
+    stack = state.stacks["6x4"]
+    factors = (stack.factors[0].at[0, 1, 2].set(value), stack.factors[1])
+    planted = state._replace(stacks={"6x4": stack._replace(factors=factors)})
+    for factors_of, refused in ((state, 0), (planted, 1)):
+        _, after = step(grads[call], factors_of, FREQUENCY, IDENTITY)
+        assert after.stacks["6x4"].refused_refreshes.tolist() == [refused]
+        assert after.stacks["6x4"].refreshes.tolist() == [int(stack.refreshes[0]) + 1 - refused]
 
 
 # Gradients at the edges of the number format.
@@ -466,6 +483,38 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
     # Without a basis that moves, Cauchy-Schwarz bounds Adam by 1 where b1 = b2; 1e-5 is rounding.
     assert np.abs(updates["v"]).max() <= 1 + 1e-5
     assert np.abs(updates["s"]).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.9])
+def test_gradient_is_refused_from_a_quarter_of_the_largest_sum_of_squares_on(share: float) -> None:
+    """Room for what rounding adds to the Gram matrices and to the rotated gradient's squares."""
+    largest = float(np.finfo(np.float32).max)
+    grads = jax.tree.map(
+        lambda grad: jnp.full(grad.shape, np.sqrt(share * largest / grad.size), jnp.float32),
+        good_gradients()[0],
+    )
+    _, state = step_of()(grads, init(grads), FREQUENCY)
+    refused = int(share > 0.25)
+    assert state.stacks["6x4"].refused_gradients.tolist() == [refused] * 2
+    assert state.ravelled["float32"].refused_gradients.tolist() == [refused] * 2
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-26, 1e-30])
+def test_normalized_updates_have_their_size_however_small_the_gradients_are(size: float) -> None:
+    """A root mean square of one times the bias correction, for blocks and for ravelled leaves."""
+    options = {"normalize_grads": True}
+    state = init(good_gradients()[0], **options)
+    for call, grads in enumerate(good_gradients()[:6]):
+        small = jax.tree.map(lambda grad: size * grad, grads)
+        updates, state = step_of(**options)(small, state, FREQUENCY)
+        for update in updates.values():
+            rms = float(jnp.sqrt(jnp.mean(jnp.square(update))))
+            correction = np.sqrt(1 - 0.95**call) / (1 - 0.95**call) if call else 0.0
+            # Float32 takes square roots and powers to some 1e-6. Below 1e-26 a direction falls
+            # below 1e-18, is all but lost to what float32 can hold, and may only be smaller.
+            if size >= 1e-20:
+                assert rms == pytest.approx(correction, rel=1e-4)
+            assert rms <= correction * (1 + 1e-4)
 
 
 def test_zero_gradients_divide_nothing_by_zero_under_normalize_grads() -> None:

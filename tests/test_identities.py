@@ -517,6 +517,35 @@ def test_constant_schedule_is_the_integer(frequency: int) -> None:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("normalize_grads", [False, True])
+def test_forward_and_reverse_derivatives_agree_and_are_finite_from_the_first_call(
+    normalize_grads: bool,
+) -> None:
+    optimizer: Any = soap_optax.soap(
+        1e-2, precondition_frequency=1, eps=1e-3, normalize_grads=normalize_grads
+    )
+    grads = [jax.tree.map(jnp.asarray, {"w": g, "v": g[0]}) for g in gradients(4).astype(float)]
+
+    def path(scale: jax.Array) -> jax.Array:
+        params = jax.tree.map(jnp.ones_like, grads[0])
+        state, total = optimizer.init(params), jnp.zeros(())
+        for number, grad in enumerate(grads):
+            bent = jax.tree.map(lambda g, n=number: g * (1 + scale * n * g), grad)
+            updates, state = optimizer.update(bent, state, params)
+            total += sum(
+                jnp.sum(u * g) for u, g in zip(updates.values(), grad.values(), strict=True)
+            )
+        return total
+
+    forward = jax.jit(jax.jacfwd(path))(0.1)
+    reverse = jax.jit(jax.grad(path))(0.1)
+    assert np.isfinite(forward)
+    assert float(forward) != 0
+    # The same sums in another order.
+    np.testing.assert_allclose(forward, reverse, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
 def test_derivative_with_respect_to_the_learning_rate_takes_the_bases_as_constants() -> None:
     rng = np.random.default_rng(3)
     target, start = rng.normal(size=(2, 3, 2))
