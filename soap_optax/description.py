@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_optax import layout, views
+from soap_optax import planning, views
 from soap_optax.alias import soap
 from soap_optax.state import RavelledState, ScaleBySoapState, StackState
 from soap_optax.transform import plan_of, scale_by_soap
@@ -115,7 +115,7 @@ def describe(params: Any, **options: Any) -> Description:
     return _described(params, plan, jax.eval_shape(optimizer.init, params))
 
 
-def _described(params: Any, plan: layout.Plan, state: Any) -> Description:
+def _described(params: Any, plan: planning.Plan, state: Any) -> Description:
     shares = _bytes_by_leaf(plan, state)
     blocks: list[list[str]] = [[] for _ in shares]
     axes: list[set[int]] = [set() for _ in shares]
@@ -141,7 +141,7 @@ def _described(params: Any, plan: layout.Plan, state: Any) -> Description:
     return Description(rows, shared_bytes=_bytes(state) - sum(shares))
 
 
-def _bytes_by_leaf(plan: layout.Plan, state: ScaleBySoapState) -> list[int]:
+def _bytes_by_leaf(plan: planning.Plan, state: ScaleBySoapState) -> list[int]:
     """Divides the stacks by blocks, and the vectors of moments by entries."""
     shares = [0] * len(plan.shapes)
     for name, group in plan.stacks.items():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from soap_optax.layout import Group, Plan
+from soap_optax.planning import Group, Plan
 
 # Raised whenever the meaning or the arrangement of the state's leaves changes.
 LAYOUT_VERSION = 1
@@ -96,7 +96,8 @@ class ScaleBySoapState(NamedTuple):
       count: calls of `update` so far, a scalar.
       stacks: the preconditioned blocks by kind, such as `"512x2048"`; a suffix names a dtype of
         statistics other than float32.
-      ravelled: the leaves with no preconditioned axis, by dtype of statistics.
+      ravelled: the leaves with no preconditioned axis: the small ones together, by dtype of
+        statistics, and each large one by itself, such as `"50304x16384"`.
     """
 
     layout_version: Array

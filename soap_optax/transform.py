@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, execution, layout, views
+from soap_optax import arguments, execution, layout, planning, views
 from soap_optax.block import Hyperparameters
 from soap_optax.state import ScaleBySoapState, initial_state
 
@@ -161,7 +161,7 @@ def scale_by_soap(
         frequency = frequency_at(precondition_frequency, state.count)
         leaves, treedef = jax.tree.flatten(updates)
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
-        blocks: dict[layout.Region, Array] = {}
+        blocks: dict[planning.Region, Array] = {}
         stacks, ravelled = {}, {}
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
@@ -188,7 +188,7 @@ def scale_by_soap(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> layout.Plan:
+def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> planning.Plan:
     """The plan of a tree of parameters or gradients, checked leaf by leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
@@ -199,7 +199,7 @@ def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> layout.
     )
 
 
-_cached_plan = lru_cache(maxsize=64)(layout.make_plan)
+_cached_plan = lru_cache(maxsize=64)(planning.make_plan)
 
 
 def stands_for_any_params(params: Any) -> bool:

@@ -132,8 +132,10 @@ def test_axes_that_are_no_integers_are_named_at_init(axis):
 
 
 def test_axes_may_be_numpy_integers_and_lists():
-    numbers = {"w": MuonDimensionNumbers([np.int32(0)], np.int64(-1))}
-    state = scale_by_soap(dimension_numbers=numbers).init({"w": jnp.zeros((3, 2))})
+    rows: Any = [np.int32(0)]
+    column: Any = np.int64(-1)
+    numbers = {"w": MuonDimensionNumbers(rows, column)}
+    state: Any = scale_by_soap(dimension_numbers=numbers).init({"w": jnp.zeros((3, 2))})
     assert list(state.stacks) == ["3x2"]
 
 

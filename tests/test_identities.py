@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 import soap_optax
-from soap_optax import alias, block, execution, layout, views
+from soap_optax import alias, block, execution, planning, views
 
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
 Step = Callable[..., tuple[jax.Array, State]]
@@ -294,6 +294,32 @@ def _plain_step() -> Callable[..., Any]:
 # Steps.
 
 
+def test_large_leaves_without_a_preconditioner_have_vectors_of_their_own_and_are_adam() -> None:
+    rng = np.random.default_rng(4)
+    shapes = {"a": (300, 300), "b": (300, 300), "c": (3,), "d": (256, 257)}
+    grads = [
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    optimizer = soap_optax.scale_by_soap(max_precond_dim=200)
+    updates: Any = None
+    state: Any = optimizer.init(grads[0])
+    assert sorted(state.ravelled) == ["256x257", "300x300", "300x300_2", "float32"]
+    assert state.ravelled["300x300_2"].mu.shape == (300 * 300,)
+    for grad in grads:
+        updates, state = optimizer.update(grad, state)
+    for name in shapes:
+        # The first gradient is not applied; two are. Float32 rounds each step by some 1e-7.
+        first, second = grads[1][name], grads[2][name]
+        mu = B1 * (1 - B1) * first + (1 - B1) * second
+        nu = B2 * (1 - B2) * first**2 + (1 - B2) * second**2
+        wanted = mu / (np.sqrt(nu) + EPS) * math.sqrt(1 - B2**2) / (1 - B1**2)
+        np.testing.assert_allclose(updates[name], wanted, rtol=1e-5, atol=1e-6)
+    assert float(state.ravelled["256x257"].nu[5]) == pytest.approx(
+        float((B2 * (1 - B2) * grads[1]["d"] ** 2 + (1 - B2) * grads[2]["d"] ** 2).ravel()[5])
+    )
+
+
 def test_first_applied_update_has_full_size() -> None:
     grads = gradients(2)
     (zero, update), state = run(grads, init(), 10)
@@ -392,7 +418,7 @@ def test_tiles_are_equal_if_a_divisor_allows_and_differ_by_at_most_one_if_not(
     length: int, block_size: int
 ) -> None:
     tiles = []
-    for start, count, tile in layout.cut_axis(length, block_size):
+    for start, count, tile in planning.cut_axis(length, block_size):
         assert start == sum(tiles)
         tiles += [tile] * count
     assert sum(tiles) == length
