@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
+from jax.typing import ArrayLike
 
 from soap_optax.basis import departure_from_orthonormality, rayleigh_quotients
 from soap_optax.state import RavelledState, ScaleBySoapState, StackState
@@ -34,8 +35,9 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
       lie between the smallest and the largest elsewhere, so that the true condition number is no
       smaller. What exceeds the inverse of the machine epsilon (8.4e6 in float32) is rounding and
       is reported as that bound; a factor that is still zero, as 1.
-    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`, with 0 where
-      :math:`V'` is 0. It is the size of an update before ``eps``, bias correction,
+    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`, over the
+      entries whose :math:`\sqrt{V'}` is more than rounding, the machine epsilon times the block's
+      largest; 0 where there are none. It is the size of an update before ``eps``, bias correction,
       ``normalize_grads``, weight decay and learning rate, none of which the state knows.
 
     The first three are the largest over the factors of the first `sample` blocks; the fourth is of
@@ -115,11 +117,21 @@ def condition_number(quotients: Array) -> Array:
     return jnp.where(largest > 0, ratio, 1)
 
 
-def direction_rms(mu: Array, nu: Array) -> Array:
-    """The root mean square of `M' / sqrt(V')`, with 0 where `V'` is 0."""
-    root = jnp.sqrt(nu)
-    direction = jnp.where(root > 0, mu.astype(nu.dtype) / jnp.where(root > 0, root, 1), 0)
-    return jnp.sqrt(jnp.mean(jnp.square(direction)))
+def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
+    """The root mean square of `M' / sqrt(V')` over the entries that `_direction` counts."""
+    squares, entries = _direction(mu, root, rounding)
+    return jnp.sqrt(squares / jnp.maximum(entries, 1))
+
+
+def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Array]:
+    """The sum of squares of `M' / sqrt(V')`, and how many entries are in it.
+
+    Where a factor has null directions, as where some rows never have a gradient, both moments are
+    made of rounding alone: `eps` keeps them out of an update, and `rounding` out of the sum.
+    """
+    counts = root > rounding
+    direction = jnp.where(counts, mu.astype(root.dtype) / jnp.where(counts, root, 1), 0)
+    return jnp.sum(jnp.square(direction)), jnp.sum(counts)
 
 
 def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
@@ -147,7 +159,10 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
             for pair in zip(stack.factors, stack.bases, strict=True)
         ],
     )
-    scalars = worst | {"direction_rms": direction_rms(stack.mu, stack.nu)}
+    root = jnp.sqrt(stack.nu)
+    of_block = tuple(range(stack.age.ndim, root.ndim))
+    rounding = jnp.finfo(root.dtype).eps * jnp.max(root, axis=of_block, keepdims=True)
+    scalars = worst | {"direction_rms": direction_rms(stack.mu, root, rounding)}
     return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
 
 
@@ -182,11 +197,10 @@ def _first(array: Array, count: int) -> Array:
 
 
 def _rms_of_vectors(vectors: Sequence[RavelledState]) -> Array:
-    """The root mean square of the direction over vectors of several dtypes."""
-    squares = [
-        jnp.square(direction_rms(v.mu, v.nu)).astype(jnp.float32) * v.nu.size for v in vectors
-    ]
-    return jnp.sqrt(sum(squares, jnp.float32(0)) / sum(v.nu.size for v in vectors))
+    """The root mean square of the direction over several vectors, which no basis ever rounds."""
+    sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
+    squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
+    return jnp.sqrt(squares / jnp.maximum(sum(entries for _, entries in sums), 1))
 
 
 def _total(counters: Sequence[Array]) -> Array:
