@@ -125,7 +125,7 @@ def numpy_rms(part: Any) -> float:
 
 
 def test_null_directions_are_rounding_and_count_for_nothing_in_the_direction() -> None:
-    """Rows that never have a gradient, such as embeddings of unused tokens: 0/0 but for rounding."""
+    """Rows that never have a gradient, as embeddings of unused tokens: 0/0 but for rounding."""
     mu = np.full((2, 3, 2), 0.5, np.float32)
     nu = np.ones((2, 3, 2), np.float32)
     mu[0, 2], nu[0, 2] = 1e-12, 1e-38  # Seen so in a language model: 1e7 each, if they counted.
