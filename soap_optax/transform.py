@@ -93,8 +93,9 @@ def scale_by_soap(
       normalize_grads: whether to divide each update by its root mean square, before the bias
         correction multiplies it.
       correct_bias: whether to apply Adam's bias correction.
-      mu_dtype: dtype in which the first moment is stored; None means that of the statistics, which
-        is float32, or float64 for leaves in float64.
+      mu_dtype: dtype in which the first moment is stored, one with at least the range of float32,
+        such as bfloat16; None means that of the statistics, which is float32, or float64 for leaves
+        in float64.
       block_size: None to give a leaf one preconditioner, or the largest length of the tiles into
         which its axes are cut, each with a preconditioner of its own.
       dimension_numbers: None, or which axes of each leaf form a matrix: a tree with the structure
