@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
@@ -19,6 +20,8 @@ STATIC_ARGS = (
     "mu_dtype",
     "block_size",
     "dimension_numbers",
+    "stack_sharding",
+    "stack_multiple",
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
 
@@ -44,6 +47,8 @@ def soap(
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
+    stack_sharding: NamedSharding | None = None,
+    stack_multiple: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP with decoupled weight decay: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -88,6 +93,8 @@ def soap(
       mu_dtype: see `scale_by_soap`.
       block_size: see `scale_by_soap`.
       dimension_numbers: see `scale_by_soap`.
+      stack_sharding: see `scale_by_soap`.
+      stack_multiple: see `scale_by_soap`.
 
     Returns:
       The transformation; its `update` needs the parameters, for the weight decay.
@@ -117,6 +124,8 @@ def soap(
             mu_dtype=mu_dtype,
             block_size=block_size,
             dimension_numbers=dimension_numbers,
+            stack_sharding=stack_sharding,
+            stack_multiple=stack_multiple,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from soap_optax.state import ScaleBySoapState
@@ -123,6 +124,35 @@ def check_dimension_numbers(value: Any, merge_dims: bool) -> None:
         )
 
 
+def check_stack_sharding(value: Any) -> None:
+    """Raises unless `value` is None or a sharding of the leading axis alone."""
+    if value is None:
+        return
+    if not isinstance(value, NamedSharding) or not isinstance(value.mesh, Mesh):
+        raise TypeError(
+            "stack_sharding must be None or a NamedSharding of a Mesh, such as "
+            f"NamedSharding(mesh, P('data')), got {value!r}"
+        )
+    if len(value.spec) == 0 or value.spec[0] is None or any(value.spec[1:]):
+        raise ValueError(
+            "stack_sharding must divide the leading axis and no other, got "
+            f"{value.spec}; name all mesh axes to divide by in one entry, as in "
+            "PartitionSpec(('data', 'fsdp'))"
+        )
+
+
+def check_stack_multiple(value: Any, shards: int) -> None:
+    """Raises unless `value` is None or an integer that a stack's shards divide evenly."""
+    if value is None:
+        return
+    _check_integer("stack_multiple", value, 1, "1 pads nothing")
+    if value % shards:
+        raise ValueError(
+            f"stack_multiple must be a multiple of the {shards} shards of stack_sharding, got "
+            f"{value}; None means {shards}"
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, bool):
@@ -181,8 +211,8 @@ def checked_state(state: Any, expected: Any) -> ScaleBySoapState:
                 f"the state does not belong to these gradients: {path} has shape "
                 f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
                 "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
-                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers changed after "
-                "init, so call init again or restore the options"
+                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
+                "changed after init, so call init again or restore the options"
             )
     return state
 

@@ -15,8 +15,9 @@ An array of more dimensions has a factor and a basis for each of its preconditio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
@@ -24,6 +25,7 @@ from jax.lax import Precision
 from soap_optax.state import StackState
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hyperparameters:
     """The numbers of a step, as scalars in the dtype of the statistics, and its two switches.
@@ -41,8 +43,8 @@ class Hyperparameters:
     b2: Array
     shampoo_beta: Array
     eps: Array
-    normalize_grads: bool
-    correct_bias: bool
+    normalize_grads: bool = field(metadata={"static": True})
+    correct_bias: bool = field(metadata={"static": True})
 
 
 def step_block(
@@ -76,7 +78,6 @@ def step_block(
     )
     return update, state._replace(
         accepted_gradients=state.accepted_gradients + accepted,
-        refused_gradients=state.refused_gradients + ~accepted,
         factors=factors,
         mu=mu.astype(state.mu.dtype),
         nu=nu,

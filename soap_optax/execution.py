@@ -11,31 +11,55 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from soap_optax import basis, block
+from soap_optax import basis, block, placement
 from soap_optax.block import Hyperparameters
+from soap_optax.planning import Group
 from soap_optax.state import Eigenframe, RavelledState, StackState
 
 
 def update_stack(
     grads: Array,
     state: StackState,
-    axes: tuple[int, ...],
+    group: Group,
     hyper: Hyperparameters,
     frequency: ArrayLike,
+    sharding: NamedSharding | None,
 ) -> tuple[Array, StackState]:
     """Takes one gradient for each block of a stack, `(B, *block)`, and gives the updates.
 
-    The refresh comes first and uses the factors that the previous call stored. The authors refresh
-    at the end of that previous step, from the same factors: the parameters are the same.
+    Where the stack is sharded, every device goes through its own blocks and exchanges nothing:
+    whether it refreshes any is for each device to decide.
     """
-    accepted = jax.vmap(block.is_acceptable)(grads)
+    padding = jnp.arange(group.blocks + group.padding) >= group.blocks
+    update = partial(_update_blocks, group.axes)
+    shared = (hyper, jnp.asarray(frequency))
+    return placement.on_local_blocks(update, (grads, padding, state), shared, sharding)
+
+
+def _update_blocks(
+    axes: tuple[int, ...],
+    blocks: tuple[Array, Array, StackState],
+    shared: tuple[Hyperparameters, Array],
+) -> tuple[Array, StackState]:
+    """Refreshes the bases that are due, then takes a step.
+
+    The refresh uses the factors that the previous call stored. The authors refresh at the end of
+    that previous step, from the same factors: the parameters are the same. A block of padding takes
+    nothing in and counts nothing.
+    """
+    (grads, padding, state), (hyper, frequency) = blocks, shared
+    acceptable = jax.vmap(block.is_acceptable)(grads)
+    accepted = acceptable & ~padding
     with jax.named_scope("refresh"):
         state = refresh_if_due(state, accepted, axes, frequency)
     with jax.named_scope("step"):
         step = partial(block.step_block, axes=axes, hyper=hyper)
-        return jax.vmap(step)(grads, accepted, state)
+        updates, state = jax.vmap(step)(grads, accepted, state)
+    refused = state.refused_gradients + ~acceptable
+    return updates, state._replace(refused_gradients=refused)
 
 
 # Outside `jax.jit` a conditional is compiled anew in every call, because its branches are functions
@@ -116,7 +140,11 @@ def _any_over_batch(axis_size: int, in_batched: list[bool], flag: Array) -> tupl
 
 
 def update_ravelled(
-    grads: Sequence[Array], state: RavelledState, hyper: Hyperparameters
+    grads: Sequence[Array],
+    state: RavelledState,
+    group: Group,
+    hyper: Hyperparameters,
+    sharding: NamedSharding | None,
 ) -> tuple[list[Array], RavelledState]:
     """Takes the gradients of leaves without a preconditioned axis and gives their updates: Adam.
 
@@ -126,7 +154,9 @@ def update_ravelled(
     Args:
       grads: the leaves stacked by shape, `(k, *leaf)`, in the dtype of the statistics.
       state: the state of all of them.
+      group: the leaves and their padding.
       hyper: the numbers of the step.
+      sharding: how the vector is divided among devices; None if it is not.
 
     Returns:
       The updates, in the shapes of `grads`, and the new state.
@@ -137,18 +167,24 @@ def update_ravelled(
     entries = _consecutive_slices([grad.size for grad in grads])
 
     def spread(per_leaf: Array) -> Array:
-        """Repeats each leaf's value for all of its entries, `(N,)`."""
+        """Repeats each leaf's value for all of its entries, `(N,)`; zero for the padding."""
         parts = [
             jnp.broadcast_to(per_leaf[leaf, None], (len(grad), grad[0].size)).ravel()
             for grad, leaf in zip(grads, leaves, strict=True)
         ]
-        return jnp.concatenate(parts)
+        return pad(jnp.concatenate(parts))
+
+    def pad(vector: Array) -> Array:
+        if group.padding:
+            vector = jnp.concatenate([vector, jnp.zeros(group.padding, vector.dtype)])
+        return placement.divide(vector, sharding)
 
     correction = jax.vmap(partial(block.bias_correction, hyper=hyper))(state.accepted_gradients)
-    vector = jnp.concatenate([grad.ravel() for grad in grads])
+    vector = pad(jnp.concatenate([grad.ravel() for grad in grads]))
     mu, nu = block.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
     # The division comes last: XLA would repeat cheaper work in the slice for every single leaf.
-    direction = block.adam_direction(mu * spread(jnp.where(applied, correction, 0)), nu, hyper)
+    scaled = mu * spread(jnp.where(applied, correction, 0))
+    direction = placement.join(block.adam_direction(scaled, nu, hyper), sharding)
     updates = [
         direction[entry].reshape(grad.shape) for grad, entry in zip(grads, entries, strict=True)
     ]
@@ -158,8 +194,8 @@ def update_ravelled(
             unit(update, correction[leaf]) for update, leaf in zip(updates, leaves, strict=True)
         ]
     return updates, RavelledState(
-        accepted_gradients=state.accepted_gradients + accepted,
-        refused_gradients=state.refused_gradients + ~accepted,
+        accepted_gradients=placement.replicate(state.accepted_gradients + accepted, sharding),
+        refused_gradients=placement.replicate(state.refused_gradients + ~accepted, sharding),
         mu=mu.astype(state.mu.dtype),
         nu=nu,
     )

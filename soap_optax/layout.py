@@ -15,12 +15,19 @@ from soap_optax.views import Shape, View
 
 
 def gather(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> list[Array]:
-    """Reads a group's blocks out of the leaves: `(k, *tile)` for each run of equal tiles."""
+    """Reads a group's blocks out of the leaves: `(k, *tile)` for each run of equal tiles.
+
+    Padding blocks of a stack are zeros.
+    """
+    pads_blocks = bool(group.axes) and group.padding > 0
     return [
         jnp.concatenate(
             [
-                _to_blocks(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
-                for region in run
+                *(
+                    _to_blocks(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
+                    for region in run
+                ),
+                *([jnp.zeros((group.padding, *group.block))] if pads_blocks else []),
             ],
             dtype=group.dtype,
         )

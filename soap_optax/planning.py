@@ -47,11 +47,13 @@ class Group:
       regions: where the blocks come from, in the order in which they are stored.
       dtype: the dtype of the statistics.
       axes: the preconditioned axes, the same for every block; none where leaves are ravelled.
+      multiple: what the leading axis of the arrays of state is padded to a multiple of.
     """
 
     regions: tuple[Region, ...]
     dtype: np.dtype
     axes: tuple[int, ...]
+    multiple: int
 
     @property
     def runs(self) -> list[tuple[Region, ...]]:
@@ -73,6 +75,11 @@ class Group:
         """How many entries of parameters the group holds."""
         return sum(math.prod(region.tiles + region.tile) for region in self.regions)
 
+    @property
+    def padding(self) -> int:
+        """How many blocks of a stack, or entries of ravelled leaves, come last and hold nothing."""
+        return -(self.blocks if self.axes else self.entries) % self.multiple
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,12 +90,19 @@ class Plan:
     stacks: dict[str, Group]
     ravelled: dict[str, Group]
 
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes of statistics."""
+        groups = [*self.stacks.values(), *self.ravelled.values()]
+        return {group.dtype.name for group in groups}
+
 
 def make_plan(
     shapes: Sequence[Shape],
     dtypes: Sequence[DTypeLike],
     cut: Cut,
     axes: Sequence[Axes] | None = None,
+    multiple: int = 1,
 ) -> Plan:
     """Assigns every leaf, known by shape and dtype, to stacks or to the ravelled leaves.
 
@@ -99,6 +113,7 @@ def make_plan(
       dtypes: the dtype of each leaf.
       cut: how leaves are cut into blocks.
       axes: what is said of each leaf's axes; None says nothing.
+      multiple: what the leading axis of every array of state is padded to a multiple of.
     """
     axes = axes or [AxesMark.ALIKE] * len(shapes)
     views = tuple(view_of(shape, said, cut) for shape, said in zip(shapes, axes, strict=True))
@@ -115,7 +130,9 @@ def make_plan(
         shapes=tuple(shapes),
         views=views,
         stacks={
-            stack_name(block, dtype): Group(tuple(regions), dtype, preconditioned_axes(block, cut))
+            stack_name(block, dtype): Group(
+                tuple(regions), dtype, preconditioned_axes(block, cut), multiple
+            )
             for (dtype, block), regions in stacks.items()
         },
         ravelled={
@@ -123,6 +140,7 @@ def make_plan(
                 tuple(sorted(regions, key=lambda r: r.block)),
                 statistics_dtype(dtypes[regions[0].leaf]),
                 axes=(),
+                multiple=multiple,
             )
             for name, regions in ravelled.items()
         },

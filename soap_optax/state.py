@@ -4,10 +4,10 @@ Symbols used in every module:
 
 | symbol | meaning |
 | --- | --- |
-| `B` | blocks in a stack: equal shape, equal preconditioned axes |
+| `B` | blocks in a stack: equal shape, equal preconditioned axes; padding blocks come last |
 | `d` | length of one preconditioned axis of a block |
 | `*block` | shape of a block, `m n` for a matrix |
-| `L` | leaves (or tiles of leaves) that are ravelled together, `N` entries in all |
+| `L` | leaves (or tiles of leaves) that are ravelled together, `N` entries in all, with padding |
 """
 
 from typing import NamedTuple
@@ -117,7 +117,7 @@ def initial_state(plan: Plan, mu_dtype: DTypeLike | None) -> ScaleBySoapState:
 
 
 def _empty_stack(group: Group, mu_dtype: DTypeLike | None) -> StackState:
-    blocks, dtype = group.blocks, group.dtype
+    blocks, dtype = group.blocks + group.padding, group.dtype
     lengths = [group.block[axis] for axis in group.axes]
     return StackState(
         accepted_gradients=jnp.zeros(blocks, jnp.int32),
@@ -136,6 +136,6 @@ def _empty_vector(group: Group, mu_dtype: DTypeLike | None) -> RavelledState:
     return RavelledState(
         accepted_gradients=jnp.zeros(group.blocks, jnp.int32),
         refused_gradients=jnp.zeros(group.blocks, jnp.int32),
-        mu=jnp.zeros(group.entries, mu_dtype or group.dtype),
-        nu=jnp.zeros(group.entries, group.dtype),
+        mu=jnp.zeros(group.entries + group.padding, mu_dtype or group.dtype),
+        nu=jnp.zeros(group.entries + group.padding, group.dtype),
     )

@@ -1,7 +1,7 @@
 """The transformation: `scale_by_soap`."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, execution, layout, planning, views
+from soap_optax import arguments, execution, layout, placement, planning, views
 from soap_optax.block import Hyperparameters
+from soap_optax.shardings import place_state, shards_of
 from soap_optax.state import ScaleBySoapState, initial_state
 
 Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
@@ -33,6 +35,8 @@ def scale_by_soap(
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
+    stack_sharding: NamedSharding | None = None,
+    stack_multiple: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -103,6 +107,12 @@ def scale_by_soap(
         ``reduction_axis`` and an ``output_axis``, each an axis or several, as
         `optax.contrib.MuonDimensionNumbers`; axes in neither are batch axes, each slice a block of
         its own. A leaf of None gets no preconditioner.
+      stack_sharding: None, or how the state is divided among the devices of a mesh: every stack
+        along its leading axis, as in ``NamedSharding(mesh, P(("data", "fsdp")))``. Every device
+        then refreshes its own blocks and exchanges only gradients and updates.
+      stack_multiple: what the number of blocks in a stack is padded to a multiple of. None means
+        the number of shards of ``stack_sharding``. State of one multiple can be restored on any
+        number of devices that divides it.
 
     Returns:
       A transformation whose state is a `ScaleBySoapState`.
@@ -130,8 +140,15 @@ def scale_by_soap(
     arguments.check_mu_dtype(mu_dtype)
     arguments.check_block_size(block_size, max_precond_dim)
     arguments.check_dimension_numbers(dimension_numbers, merge_dims)
+    arguments.check_stack_sharding(stack_sharding)
 
+    shards, sharding = 1, None
+    if stack_sharding is not None:
+        shards = shards_of(stack_sharding)
+        sharding = placement.on_automatic_axes(stack_sharding)
+    arguments.check_stack_multiple(stack_multiple, shards)
     cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
+    multiple = stack_multiple or shards
 
     def hyper_in(dtype: np.dtype) -> Hyperparameters:
         return Hyperparameters(
@@ -146,7 +163,8 @@ def scale_by_soap(
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         if stands_for_any_params(params):
             return opaque_state()
-        return initial_state(plan_of(params, cut, dimension_numbers), mu_dtype)
+        plan = plan_of(params, cut, dimension_numbers, multiple)
+        return place_state(lambda: initial_state(plan, mu_dtype), stack_sharding)
 
     def update_fn(
         updates: optax.Updates,
@@ -155,31 +173,46 @@ def scale_by_soap(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
-        plan = plan_of(updates, cut, dimension_numbers)
+        plan = plan_of(updates, cut, dimension_numbers, multiple)
         state = arguments.checked_state(
             state, jax.eval_shape(lambda: initial_state(plan, mu_dtype))
         )
-        frequency = frequency_at(precondition_frequency, state.count)
         leaves, treedef = jax.tree.flatten(updates)
+        update = partial(update_leaves, plan)
+        if sharding is not None:
+            update = placement.with_automatic_axes(update)
+        frequency = frequency_at(precondition_frequency, state.count)
+        hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
+        new_leaves, new_state = update((frequency, hyper), leaves, state)
+        return jax.tree.unflatten(treedef, new_leaves), new_state
+
+    def update_leaves(
+        plan: planning.Plan,
+        numbers: tuple[Array, dict[str, Hyperparameters]],
+        leaves: list[ArrayLike],
+        state: ScaleBySoapState,
+    ) -> tuple[list[Array], ScaleBySoapState]:
+        frequency, hyper = numbers
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[planning.Region, Array] = {}
         stacks, ravelled = {}, {}
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
                 [grads] = layout.gather(leaves, plan, group)
+                grads = placement.divide(placement.join(grads, sharding), sharding)
                 stack_update, stacks[name] = execution.update_stack(
-                    grads, state.stacks[name], group.axes, hyper_in(group.dtype), frequency
+                    grads, state.stacks[name], group, hyper[group.dtype.name], frequency, sharding
                 )
+                stack_update = placement.join(stack_update, sharding)
                 blocks |= layout.split([stack_update], group, starts)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):
                 grads = layout.gather(leaves, plan, group)
                 run_updates, ravelled[name] = execution.update_ravelled(
-                    grads, state.ravelled[name], hyper_in(group.dtype)
+                    grads, state.ravelled[name], group, hyper[group.dtype.name], sharding
                 )
                 blocks |= layout.split(run_updates, group, starts)
-        new_leaves = layout.scatter(plan, blocks, leaves)
-        return jax.tree.unflatten(treedef, new_leaves), ScaleBySoapState(
+        return layout.scatter(plan, blocks, leaves), ScaleBySoapState(
             layout_version=state.layout_version,
             count=jnp.asarray(optax.safe_increment(state.count)),
             stacks=stacks,
@@ -189,14 +222,16 @@ def scale_by_soap(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def plan_of(tree: Any, cut: views.Cut, dimension_numbers: Any = None) -> planning.Plan:
+def plan_of(
+    tree: Any, cut: views.Cut, dimension_numbers: Any = None, multiple: int = 1
+) -> planning.Plan:
     """The plan of a tree of parameters or gradients, checked leaf by leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
     arguments.check_leaves([path for path, _ in leaves], dtypes)
     axes = views.axes_of_leaves(dimension_numbers, tree)
     return _cached_plan(
-        tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut, tuple(axes)
+        tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut, tuple(axes), multiple
     )
 
 

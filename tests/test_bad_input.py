@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
 
@@ -58,6 +59,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     (("precondition_frequency",), [2.5, np.float32(1.5)], "must be a whole number", "round it"),
     (("max_precond_dim",), [0, -1], "must be at least 1", "use optax.adamw"),
     (("block_size",), [1, 0, -4], "must be at least 2", "None leaves every parameter whole"),
+    (("stack_multiple",), [0, -8], "must be at least 1", "1 pads nothing"),
     (("block_size",), [10001], "must be at most max_precond_dim (10000)", "lower block_size"),
     (
         ("mu_dtype",),
@@ -106,6 +108,13 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     (("mu_dtype",), ["bfloat", 3], "must be None or a floating dtype", "bfloat16"),
     (("learning_rate",), [None, "3e-3", True, 0.1j, [0.1]], "must be a number or a schedule", ""),
     (("weight_decay",), [None, "0.1", True, [0.1]], "must be a number or a schedule", ""),
+    (("stack_multiple",), ["8", 8.0, True, [8]], "must be an integer of at least 1", STATIC),
+    (
+        ("stack_sharding",),
+        ["data", 8, PartitionSpec("data")],
+        "must be None or a NamedSharding",
+        "NamedSharding(mesh, P('data'))",
+    ),
     (("mask",), ["bias", 1, 0.5], "must be None, a tree of booleans", "a function"),
     (("dimension_numbers",), [True, 3, "rows"], "must be None, a tree of objects", "a function"),
 ]
@@ -149,6 +158,22 @@ def test_value_of_the_wrong_type_is_refused_when_built_with_the_rule_and_the_way
     assert_message(caught.value, argument, value, rule, way_out)
 
 
+@pytest.mark.parametrize("spec", [(), (None,), (None, "data"), ("data", "model")], ids=str)
+def test_sharding_of_anything_but_the_leading_axis_is_refused(spec: tuple[Any, ...]) -> None:
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    rule = r"stack_sharding must divide the leading axis and no other, got .*\('data', 'fsdp'\)"
+    with pytest.raises(ValueError, match=rule):
+        soap_optax.scale_by_soap(stack_sharding=sharding)
+
+
+def test_multiple_that_shards_do_not_divide_is_refused() -> None:
+    mesh = Mesh(np.array(jax.devices() * 4).reshape(4), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    with pytest.raises(ValueError, match="multiple of the 4 shards of stack_sharding, got 6"):
+        soap_optax.scale_by_soap(stack_sharding=sharding, stack_multiple=6)
+
+
 def test_soap_checks_what_it_hands_on() -> None:
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\)"):
         soap(b2=1.0)
@@ -174,7 +199,14 @@ def test_options_cannot_be_given_by_position() -> None:
 @every_runner
 @pytest.mark.parametrize(
     "argument",
-    ["max_precond_dim", "block_size", "precondition_1d", "merge_dims", "normalize_grads"],
+    [
+        "max_precond_dim",
+        "block_size",
+        "precondition_1d",
+        "merge_dims",
+        "normalize_grads",
+        "stack_multiple",
+    ],
 )
 def test_traced_value_of_a_static_argument_is_refused_with_the_way_out(
     argument: str, runner: Callable[..., Any]

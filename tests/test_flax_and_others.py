@@ -11,17 +11,14 @@ traceback of its failure: the last test runs it in a process of its own.
 
 import contextlib
 import functools
-import json
-import os
 import pathlib
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # Before JAX starts its backend.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import eight
+
+if __name__ == "__main__":
+    eight.simulate_devices()
 
 import equinox as eqx
 import flax.core
@@ -550,44 +547,24 @@ ON_EIGHT_DEVICES: dict[str, Callable[[], Iterator[Tree]]] = {
 # gradient moves a parameter by a share of the learning rate, 1e-2.
 TOLERANCE = 1e-10
 
-LIMIT_IN_SECONDS = 300  # It takes some dozens, most of them to compile.
 
-
-def main(path: pathlib.Path) -> None:
-    assert jax.device_count() == 8
+def equals_the_plain_run(steps: Callable[[], Iterator[Tree]]) -> None:
     assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE)
-    results = {}
-    for name, steps in ON_EIGHT_DEVICES.items():
-        try:
-            for found, wanted in zip(steps(), plain_run(), strict=True):
-                jax.tree.map(assert_close, jax.device_get(found), wanted.params)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    path.write_text(json.dumps(results))
+    for found, wanted in zip(steps(), plain_run(), strict=True):
+        jax.tree.map(assert_close, jax.device_get(found), wanted.params)
 
 
 def test_models_split_over_eight_devices_equal_the_plain_dict_on_one(
     tmp_path: pathlib.Path,
 ) -> None:
-    path = tmp_path / "results.json"
-    environment = dict(
-        os.environ, JAX_ENABLE_X64="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path))
-    )
-    process = subprocess.run(
-        [sys.executable, __file__, path],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_IN_SECONDS,
-    )
-    assert process.returncode == 0, process.stdout
-    results = json.loads(path.read_text())
-    assert results.keys() == ON_EIGHT_DEVICES.keys()
-    for name, trace in results.items():
-        assert trace is None, f"{name}: {trace}"
+    results = eight.results_of(__file__, tmp_path)
+    assert results == dict.fromkeys(ON_EIGHT_DEVICES)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    eight.run_checks(
+        {
+            name: functools.partial(equals_the_plain_run, steps)
+            for name, steps in ON_EIGHT_DEVICES.items()
+        }
+    )

@@ -14,6 +14,7 @@ import optax
 import pytest
 import reference
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
@@ -387,15 +388,15 @@ def test_blocks_hold_every_entry_once_and_nothing_else_and_go_back_in_place(
     leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     seen = [np.zeros(0)]
 
-    def keep_stack(grads: jax.Array, state: soap_optax.StackState, axes: Any, *_: Any) -> Any:
+    def keep_stack(grads: jax.Array, state: soap_optax.StackState, group: Any, *_: Any) -> Any:
         block, longest = grads.shape[1:], options.get("max_precond_dim", 10000)
         assert grads.shape == state.mu.shape
         assert max(block) <= (options.get("block_size") or max(block))
-        assert axes == tuple(axis for axis, d in enumerate(block) if 1 < d <= longest)
+        assert group.axes == tuple(axis for axis, d in enumerate(block) if 1 < d <= longest)
         seen.append(np.ravel(grads))
         return grads, state
 
-    def keep_ravelled(grads: list[jax.Array], state: soap_optax.RavelledState, _: Any) -> Any:
+    def keep_ravelled(grads: list[jax.Array], state: soap_optax.RavelledState, *_: Any) -> Any:
         assert sum(grad.size for grad in grads) == state.mu.size
         seen.extend(np.ravel(grad) for grad in grads)
         return grads, state
@@ -642,6 +643,8 @@ def test_soap_hands_every_argument_on_to_scale_by_soap(monkeypatch: pytest.Monke
         "mu_dtype": jnp.bfloat16,
         "block_size": 5,
         "dimension_numbers": MuonDimensionNumbers(),
+        "stack_sharding": NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data")),
+        "stack_multiple": 4,
     }
     parameters = inspect.signature(soap_optax.scale_by_soap).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}

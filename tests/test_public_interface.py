@@ -28,6 +28,8 @@ KEYWORD_ONLY = {
     "mu_dtype": None,
     "block_size": None,
     "dimension_numbers": None,
+    "stack_sharding": None,
+    "stack_multiple": None,
 }
 REQUIRED = inspect.Parameter.empty
 SIGNATURES: dict[str, dict[str, Any]] = {

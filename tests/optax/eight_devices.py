@@ -8,18 +8,15 @@ writes, for each name in `CHECKS`, null or the traceback of its failure.
 import contextlib
 import functools
 import importlib.util
-import json
-import os
-import pathlib
-import sys
-import traceback
 import unittest
 from collections.abc import Callable, ItemsView, Mapping
 from typing import Any
 from unittest import mock
 
-if __name__ == "__main__":  # Before JAX starts its backend.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import eight
+
+if __name__ == "__main__":
+    eight.simulate_devices()
 
 import jax
 import jax.numpy as jnp
@@ -274,18 +271,5 @@ if importlib.util.find_spec("optax._src.sharding_test"):  # Optax ships it from 
     check(run_sharding_test_of_the_installed_optax)
 
 
-def main(path: pathlib.Path) -> None:
-    jax.config.update("jax_enable_x64", True)
-    assert jax.device_count() == 8
-    results = {}
-    for name, function in CHECKS.items():
-        try:
-            function()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        path.write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    eight.run_checks(CHECKS)

@@ -1,0 +1,361 @@
+"""Checks of a state that is divided among eight devices, run by `test_pods.py` in a process apart.
+
+    python sharded_state.py results.json
+
+writes, for each name in `CHECKS`, null or the traceback of its failure.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import eight
+
+if __name__ == "__main__":
+    eight.simulate_devices()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import soap_optax
+
+Tree = Any
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = {
+    "8": ((8,), ("x",)),
+    "4x2": ((4, 2), ("x", "y")),
+    "2x2x2": ((2, 2, 2), ("x", "y", "z")),
+}
+
+# How many leaves there are of each shape, and how the mesh's first and last axis split them. Every
+# first gradient has full rank along its preconditioned axes, so that rounding does not decide what
+# the first basis is. Eight blocks of a kind need no padding, five leave three and one leaves seven.
+SHAPES: dict[str, tuple[int, tuple[int, ...], tuple[str | None, ...]]] = {
+    "by rows": (3, (8, 8), ("first", None)),
+    "by columns": (3, (8, 8), (None, "last")),
+    "by both": (2, (8, 8), ("last", "first")),
+    "whole": (1, (8, 24), (None, None)),
+    "one-sided": (5, (8, 16), (None, "first")),
+    "vector": (1, (8,), ("first",)),
+    "scalar": (1, (), ()),
+}
+OPTIONS: dict[str, Any] = {"precondition_frequency": 2, "max_precond_dim": 8}
+STEPS = 7  # The first basis, two refreshes and plain steps between them.
+MANY_STEPS = 25
+
+# As in the checks of meshes: a program for eight devices adds in another order, in float64, and a
+# wrong or missing part of a gradient moves a parameter by a share of the learning rate, 0.1.
+TOLERANCE = 1e-9
+
+
+def mesh_of(name: str, kind: AxisType) -> Mesh:
+    shape, axes = MESHES[name]
+    return jax.make_mesh(shape, axes, axis_types=(kind,) * len(axes))
+
+
+def all_axes(mesh: Mesh) -> NamedSharding:
+    """Stacks divided among all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def draw() -> Tree:
+    rng = np.random.default_rng(0)
+    return {
+        name: [np.asarray(rng.normal(size=shape)) for _ in range(count)]
+        for name, (count, shape, _) in SHAPES.items()
+    }
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    names = {"first": mesh.axis_names[0], "last": mesh.axis_names[-1], None: None}
+
+    def sharding(axes: tuple[str | None, ...]) -> NamedSharding:
+        spec = [names[axis] for axis in axes]
+        if len({axis for axis in spec if axis}) < sum(axis is not None for axis in spec):
+            spec[1] = None  # On a mesh of one axis.
+        if mesh.axis_types[0] == AUTO:  # The spelling of a program's results: no Nones at the end.
+            while spec and spec[-1] is None:
+                spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return {
+        name: [jax.device_put(leaf, sharding(SHAPES[name][2])) for leaf in leaves]
+        for name, leaves in tree.items()
+    }
+
+
+def make_step(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
+    def step(params: Tree, state: Tree) -> tuple[Tree, Tree]:
+        grads = jax.tree.map(jnp.cos, params)  # The derivative of the sum of sines.
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(
+    optimizer: optax.GradientTransformation, params: Tree, steps: int = STEPS
+) -> tuple[Tree, Any, int]:
+    """The parameters and the state after all steps, and how many programs they took."""
+    step = jax.jit(make_step(optimizer), donate_argnums=1)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state, step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
+
+
+@functools.cache
+def single_device_run(**options: Any) -> tuple[Tree, Any]:
+    optimizer = soap_optax.soap(0.1, **OPTIONS, **options)
+    params, state, _ = train(optimizer, jax.tree.map(jnp.asarray, draw()))
+    return jax.device_get(params), jax.device_get(state)
+
+
+def assert_close(found: Tree, wanted: Tree) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE),
+        jax.device_get(found),
+        wanted,
+    )
+
+
+def equals_the_single_device_run(
+    mesh_name: str, kind: AxisType, most_programs: int = 1, **options: Any
+) -> None:
+    mesh = mesh_of(mesh_name, kind)
+    optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS, **options)
+    params, state, programs = train(optimizer, place(draw(), mesh))
+    wanted, wanted_state = single_device_run(**options)
+    assert_close(params, wanted)
+    assert programs <= most_programs
+    # Padding blocks and entries are what they were, and the others are those of one device.
+    found_state = jax.device_get(state)
+    for name, stack in wanted_state[0].stacks.items():
+        for leaf in jax.tree.leaves(state[0].stacks[name]):
+            assert len(leaf.addressable_shards) == 8
+            assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {len(leaf) // 8}
+        for found, alone in zip(
+            jax.tree.leaves(found_state[0].stacks[name]), jax.tree.leaves(stack), strict=True
+        ):
+            assert len(found) == -(-len(alone) // 8) * 8
+            np.testing.assert_allclose(found[: len(alone)], alone, rtol=0, atol=TOLERANCE)
+    first: Any = optimizer.init(place(draw(), mesh))
+    for name, stack in found_state[0].stacks.items():
+        blocks = len(wanted_state[0].stacks[name].age)
+        jax.tree.map(
+            lambda found, start, blocks=blocks: np.testing.assert_array_equal(
+                found[blocks:], start[blocks:]
+            ),
+            stack,
+            jax.device_get(first[0].stacks[name]),
+        )
+
+
+for _mesh in MESHES:
+    for _kind in (AUTO, EXPLICIT):
+        CHECKS[f"mesh_{_mesh}_{_kind.name.lower()}"] = functools.partial(
+            equals_the_single_device_run, _mesh, _kind
+        )
+# On automatic axes JAX 0.8 returns parameters that are cut into tiles where it likes: one program
+# for the first ones, and one for those that it returns.
+CHECKS["tiles_auto"] = functools.partial(
+    equals_the_single_device_run, "4x2", AUTO, most_programs=2, block_size=4
+)
+CHECKS["tiles_explicit"] = functools.partial(
+    equals_the_single_device_run, "4x2", EXPLICIT, block_size=4
+)
+
+
+# What the compiled program exchanges --------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(.*"
+)
+
+
+def collectives_of(kind: AxisType, spec: tuple[str | None, ...]) -> tuple[list[str], str]:
+    """The collectives of an update of five leaves split in one way, and the whole program."""
+    mesh = mesh_of("4x2", kind)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    optimizer = soap_optax.scale_by_soap(stack_sharding=all_axes(mesh), precondition_frequency=2)
+    grads = [jax.device_put(jnp.ones((16, 24)), sharding) for _ in range(5)]
+    state = optimizer.init(grads)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (grads, state))
+    program = jax.jit(optimizer.update, out_shardings=shardings).lower(grads, state).compile()
+    text = program.as_text() or ""
+    return [line for line in text.splitlines() if COLLECTIVE.search(line)], text
+
+
+def exchanges_once_each_way(kind: AxisType, *specs: tuple[str | None, ...]) -> None:
+    for spec in specs:
+        found, text = collectives_of(kind, spec)
+        # XLA makes one or two collectives of one exchange: the second puts devices into order.
+        assert 1 <= len(found) <= 3, (spec, found)
+        assert sum("all-gather" in line for line in found) <= 1, (spec, found)
+        for part in ("/refresh/", "/step/"):  # What a device does with its own blocks.
+            assert part in text
+            assert not [line for line in found if part in line], (spec, found)
+        # Eight blocks with padding: no device holds all of their factors or bases.
+        for d in (16, 24):
+            assert f"[8,{d},{d}]" not in text
+            assert f"[1,{d},{d}]" in text
+
+
+ONE_AXIS = [("x", None), (None, "x"), ("y", None), (None, None), (("x", "y"), None)]
+CHECKS["exchanges_auto"] = functools.partial(exchanges_once_each_way, AUTO, *ONE_AXIS)
+CHECKS["exchanges_explicit"] = functools.partial(exchanges_once_each_way, EXPLICIT, *ONE_AXIS)
+
+
+# Padding ------------------------------------------------------------------------------------------
+
+
+@check
+def padding_never_counts() -> None:
+    mesh = mesh_of("8", AUTO)
+    divided = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS)
+    alone = soap_optax.soap(0.1, **OPTIONS)
+    bad = draw()
+    bad["whole"][0][0, 0] = np.nan
+    scalars = []
+    for optimizer, params, first in (
+        (divided, place(draw(), mesh), place(bad, mesh)),
+        (alone, jax.tree.map(jnp.asarray, draw()), bad),
+    ):
+        _, state = jax.jit(optimizer.update)(first, optimizer.init(params), params)
+        step = jax.jit(make_step(optimizer))
+        for _ in range(5):
+            params, state = step(params, state)
+        for sample in (1, None):
+            scalars.append(soap_optax.diagnostics(state, sample=sample))
+    for found, wanted in zip(scalars[:2], scalars[2:], strict=True):
+        assert int(wanted["soap/refused_gradients"]) == 1
+        for name in wanted:
+            # The departure from orthonormality is nothing but rounding, of 1e-16.
+            np.testing.assert_allclose(
+                found[name], wanted[name], rtol=1e-5, atol=1e-14, err_msg=name
+            )
+
+
+@check
+def a_multiple_of_its_own_moves_between_numbers_of_devices() -> None:
+    """The same arrays of state on eight devices, on two, and on one."""
+    params, wanted = jax.tree.map(jnp.asarray, draw()), single_device_run()[0]
+    mesh = mesh_of("8", AUTO)
+    pair = Mesh(mesh.devices[:2], ("x",))
+    steps = [3, 2, 2]
+    shardings = [all_axes(mesh), all_axes(pair), None]
+    state = soap_optax.soap(0.1, stack_multiple=16, **OPTIONS).init(params)
+    for sharding, count in zip(shardings, steps, strict=True):
+        optimizer = soap_optax.soap(0.1, stack_sharding=sharding, stack_multiple=16, **OPTIONS)
+        if sharding is None:
+            params, state = jax.device_put((jax.device_get(params), jax.device_get(state)))
+        else:
+            params = jax.device_put(params, NamedSharding(sharding.mesh, PartitionSpec()))
+            state = jax.device_put(state, soap_optax.state_shardings(state, sharding))
+        step = jax.jit(make_step(optimizer))
+        for _ in range(count):
+            params, state = step(params, state)
+    assert_close(params, wanted)
+
+
+@check
+def one_program_serves_twenty_five_steps() -> None:
+    mesh = mesh_of("4x2", AUTO)
+    optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS)
+    _, state, programs = train(optimizer, place(draw(), mesh), MANY_STEPS)
+    assert int(state[0].count) == MANY_STEPS
+    assert programs == 1
+
+
+# In a training job --------------------------------------------------------------------------------
+
+
+@check
+def replicas_are_bitwise_equal_after_a_thousand_steps() -> None:
+    mesh = mesh_of("4x2", AUTO)
+    sharding = NamedSharding(mesh, PartitionSpec("x"))  # Two devices hold the same blocks.
+    optimizer = soap_optax.soap(1e-3, stack_sharding=sharding, precondition_frequency=10)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), place(draw(), mesh))
+    step = make_step(optimizer)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def steps(params: Tree, state: Tree, count: int) -> tuple[Tree, Tree]:
+        return jax.lax.scan(lambda carry, _: (step(*carry), None), (params, state), length=count)[0]
+
+    _, state = steps(params, optimizer.init(params), 1000)
+    compared = 0
+    for leaf in jax.tree.leaves(state):
+        by_index: dict[str, np.ndarray] = {}
+        for shard in leaf.addressable_shards:
+            data = np.asarray(shard.data)
+            other = by_index.setdefault(str(shard.index), data)
+            compared += other is not data
+            assert data.tobytes() == other.tobytes()
+    assert compared >= 4 * len(jax.tree.leaves(state[0].stacks))
+
+
+@check
+def shardings_of_a_chain_serve_jit_on_both_sides() -> None:
+    for kind in (AUTO, EXPLICIT):
+        mesh = mesh_of("4x2", kind)
+        params = place(draw(), mesh)
+        stack_sharding = all_axes(mesh)
+        optimizer = optax.chain(
+            optax.trace(0.9), soap_optax.soap(0.1, stack_sharding=stack_sharding, **OPTIONS)
+        )
+        state: Any = optimizer.init(params)
+        shardings = soap_optax.state_shardings(state, stack_sharding)
+        assert jax.tree.structure(shardings) == jax.tree.structure(state)
+        assert shardings[0].trace["by rows"][0] == params["by rows"][0].sharding
+        abstract = jax.eval_shape(optimizer.init, params)
+        assert soap_optax.state_shardings(abstract, stack_sharding)[1] == shardings[1]
+        of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
+        step = jax.jit(
+            make_step(optimizer),
+            in_shardings=(of_params, shardings),
+            out_shardings=(of_params, shardings),
+        )
+        for _ in range(2):
+            params, state = step(params, state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+
+
+@check
+def injected_hyperparameters_reach_every_device() -> None:
+    for kind in (AUTO, EXPLICIT):
+        mesh = mesh_of("4x2", kind)
+        inject = optax.inject_hyperparams(soap_optax.soap, static_args=soap_optax.STATIC_ARGS)
+        optimizer = inject(learning_rate=0.1, stack_sharding=all_axes(mesh), **OPTIONS)
+        params, _, _ = train(optimizer, place(draw(), mesh))
+        assert_close(params, single_device_run()[0])
+
+
+@check
+def a_mapped_update_on_a_mesh_equals_separate_ones() -> None:
+    mesh = mesh_of("8", AUTO)
+    optimizer = soap_optax.scale_by_soap(stack_sharding=all_axes(mesh), **OPTIONS)
+    alone = soap_optax.scale_by_soap(**OPTIONS)
+    grads = jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 8)))
+
+    def two_updates(optimizer: optax.GradientTransformation, grad: jax.Array) -> Any:
+        _, state = optimizer.update(grad, optimizer.init(grad))
+        return optimizer.update(2 * grad + 1, state)[0]
+
+    mapped = jax.jit(jax.vmap(functools.partial(two_updates, optimizer)))(grads)
+    assert_close(mapped, np.stack([two_updates(alone, grad) for grad in grads]))
+
+
+if __name__ == "__main__":
+    eight.run_checks(CHECKS)
