@@ -1,8 +1,7 @@
 """Where arrays lie on a mesh: leaves, stacks, and what a device does with its own blocks alone.
 
-A stack that is sharded has whole blocks on every device. Between the leaves and the stack lies a
-form that is whole along the stack's axis, and otherwise split as the compiler finds the leaves
-split: putting it in between leaves one exchange of gradients and one of updates.
+A stack that is sharded has whole blocks on every device. Between it and the leaves, which lie as
+the user wants them, gradients are exchanged once on their way in and updates on their way out.
 """
 
 from collections.abc import Callable
@@ -53,14 +52,50 @@ def replicate(array: Array, sharding: NamedSharding | None) -> Array:
     return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def join(array: Array, sharding: NamedSharding | None) -> Array:
-    """The array, whole along its leading axis on every device; the others are the compiler's."""
+def bring_in(stack: Array, sharding: NamedSharding | None) -> Array:
+    """Divides a stack that was put together from leaves: the exchange of gradients."""
     if sharding is None:
-        return array
-    others = [PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)
-    return lax.with_sharding_constraint(
-        array, NamedSharding(sharding.mesh, PartitionSpec(None, *others))
-    )
+        return stack
+    parts = stack.reshape(*parts_of(sharding), -1, *stack.shape[1:])
+    for joined in reversed(range(len(axes_of(sharding)) + 1)):
+        parts = _divide_over_all_but(joined, parts, sharding)
+    return divide(parts.reshape(stack.shape), sharding)
+
+
+def take_out(stack: Array, sharding: NamedSharding | None) -> Array:
+    """Makes a divided stack whole along its leading axis: the exchange of updates."""
+    if sharding is None:
+        return stack
+    parts = stack.reshape(*parts_of(sharding), -1, *stack.shape[1:])
+    for joined in range(1, len(axes_of(sharding)) + 1):
+        parts = _divide_over_all_but(joined, parts, sharding)
+    return parts.reshape(stack.shape)
+
+
+def _divide_over_all_but(joined: int, parts: Array, sharding: NamedSharding) -> Array:
+    """Divides parts, `(x, y, ..., blocks, *block)`, over all axes of the mesh but the first ones.
+
+    The compiler splits the axes of a block as it finds the leaves split, with those axes of the
+    mesh that are free. Going from whole to divided in a single step, or one axis of the mesh after
+    another without an axis of the array for each, makes it gather the stack on every device
+    wherever leaves are split over an axis that divides the stack too.
+    """
+    axes = axes_of(sharding)
+    leading = [*[None] * joined, *axes[joined:], None]
+    others = [PartitionSpec.UNCONSTRAINED] * (parts.ndim - len(leading))
+    spec = PartitionSpec(*leading, *others)
+    return lax.with_sharding_constraint(parts, NamedSharding(sharding.mesh, spec))
+
+
+def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
+    """The axes of the mesh that divide stacks."""
+    axes = sharding.spec[0]
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
+def parts_of(sharding: NamedSharding) -> list[int]:
+    """In how many parts each axis of the mesh divides the stack."""
+    return [sharding.mesh.shape[axis] for axis in axes_of(sharding)]
 
 
 def on_local_blocks(

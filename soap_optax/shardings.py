@@ -1,22 +1,22 @@
 """How the optimizer's state is divided among the devices of a mesh, leaf by leaf."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from soap_optax.state import RavelledState, ScaleBySoapState
 
 
-def state_shardings(state: Any, stack_sharding: NamedSharding) -> Any:
+def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = None) -> Any:
     """Gives the sharding of every leaf of an optimizer's state, for `jit` or to restore into.
 
     Stacks and ravelled moments are divided along their leading axis, as `stack_sharding` says.
-    Counters that belong to no block are whole on every device, and so is what other transformations
-    of a chain keep, unless `state` says how a leaf lies on the mesh: a momentum that is sharded
-    like its parameter stays so.
+    Counters that belong to no block are whole on every device. What other transformations of a
+    chain keep lies as `state` says, if its leaves lie on the mesh; or else as the parameter of
+    which they keep it, such as the moments of AdamW; or else whole on every device.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -33,6 +33,8 @@ def state_shardings(state: Any, stack_sharding: NamedSharding) -> Any:
       state: the state of any Optax transformation, as arrays or as what `jax.eval_shape` makes of
         its `init`.
       stack_sharding: the argument of `soap`.
+      params: None, or the parameters, as arrays or as shapes with shardings. A leaf belongs to the
+        parameter that has its shape, and whose path its own ends with.
 
     Returns:
       The same tree with a `NamedSharding` in place of every leaf.
@@ -45,11 +47,14 @@ def state_shardings(state: Any, stack_sharding: NamedSharding) -> Any:
     def whole(leaf: Any) -> NamedSharding:
         return _as_a_program_spells_it(NamedSharding(mesh, PartitionSpec()), leaf)
 
-    def of_another(leaf: Any) -> NamedSharding:
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
-            return sharding
-        return whole(leaf)
+    places = {path: leaf for path, leaf in tree_leaves_with_path(params) if _lies_on(mesh, leaf)}
+
+    def of_another(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        endings = [path[start:] for start in range(len(path) + 1)]
+        mirrored = [places[end] for end in endings if end in places]
+        alike = [param for param in mirrored if param.shape == leaf.shape]
+        given = [known.sharding for known in [leaf, *alike] if _lies_on(mesh, known)]
+        return given[0] if given else whole(leaf)
 
     def of_ravelled(ravelled: RavelledState) -> RavelledState:
         moments = {"mu": divided(ravelled.mu), "nu": divided(ravelled.nu)}
@@ -62,8 +67,10 @@ def state_shardings(state: Any, stack_sharding: NamedSharding) -> Any:
         }
         return jax.tree.map(whole, soap_state._replace(stacks={}, ravelled={}))._replace(**blocks)
 
-    return jax.tree.map(
-        lambda node: of_soap(node) if _is_soap(node) else of_another(node), state, is_leaf=_is_soap
+    return tree_map_with_path(
+        lambda path, node: of_soap(node) if _is_soap(node) else of_another(path, node),
+        state,
+        is_leaf=_is_soap,
     )
 
 
@@ -87,11 +94,9 @@ def place_state(
     return jax.jit(make, out_shardings=shardings)()
 
 
-def shards_of(stack_sharding: NamedSharding) -> int:
-    """In how many parts the leading axis is divided."""
-    axes = stack_sharding.spec[0]
-    names = axes if isinstance(axes, tuple) else (axes,)
-    return math.prod(stack_sharding.mesh.shape[name] for name in names)
+def _lies_on(mesh: Any, leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
 
 
 def _is_soap(node: Any) -> bool:

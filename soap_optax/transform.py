@@ -1,5 +1,6 @@
 """The transformation: `scale_by_soap`."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments, execution, layout, placement, planning, views
 from soap_optax.block import Hyperparameters
-from soap_optax.shardings import place_state, shards_of
+from soap_optax.shardings import place_state
 from soap_optax.state import ScaleBySoapState, initial_state
 
 Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
@@ -144,7 +145,7 @@ def scale_by_soap(
 
     shards, sharding = 1, None
     if stack_sharding is not None:
-        shards = shards_of(stack_sharding)
+        shards = math.prod(placement.parts_of(stack_sharding))
         sharding = placement.on_automatic_axes(stack_sharding)
     arguments.check_stack_multiple(stack_multiple, shards)
     cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
@@ -199,11 +200,11 @@ def scale_by_soap(
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
                 [grads] = layout.gather(leaves, plan, group)
-                grads = placement.divide(placement.join(grads, sharding), sharding)
+                grads = placement.bring_in(grads, sharding)
                 stack_update, stacks[name] = execution.update_stack(
                     grads, state.stacks[name], group, hyper[group.dtype.name], frequency, sharding
                 )
-                stack_update = placement.join(stack_update, sharding)
+                stack_update = placement.take_out(stack_update, sharding)
                 blocks |= layout.split([stack_update], group, starts)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):

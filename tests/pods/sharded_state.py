@@ -6,6 +6,7 @@ writes, for each name in `CHECKS`, null or the traceback of its failure.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -181,41 +182,58 @@ CHECKS["tiles_explicit"] = functools.partial(
 # What the compiled program exchanges --------------------------------------------------------------
 
 COLLECTIVE = re.compile(
-    r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(.*"
+    r"= (?P<result>.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)"
+    r"(-start)?\("
 )
+SHAPE = re.compile(r"f64\[([\d,]+)\]")
+BLOCK = (16, 24)
+BLOCKS = 5  # Stored as eight.
 
 
-def collectives_of(kind: AxisType, spec: tuple[str | None, ...]) -> tuple[list[str], str]:
-    """The collectives of an update of five leaves split in one way, and the whole program."""
-    mesh = mesh_of("4x2", kind)
+def program_of(mesh: Mesh, spec: tuple[Any, ...]) -> str:
+    """The compiled update of five leaves that are split in one way."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     optimizer = soap_optax.scale_by_soap(stack_sharding=all_axes(mesh), precondition_frequency=2)
-    grads = [jax.device_put(jnp.ones((16, 24)), sharding) for _ in range(5)]
+    grads = [jax.device_put(jnp.ones(BLOCK), sharding) for _ in range(BLOCKS)]
     state = optimizer.init(grads)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (grads, state))
     program = jax.jit(optimizer.update, out_shardings=shardings).lower(grads, state).compile()
-    text = program.as_text() or ""
-    return [line for line in text.splitlines() if COLLECTIVE.search(line)], text
+    return program.as_text() or ""
 
 
-def exchanges_once_each_way(kind: AxisType, *specs: tuple[str | None, ...]) -> None:
+def exchanges_once_each_way(mesh_name: str, kind: AxisType) -> None:
+    mesh = mesh_of(mesh_name, kind)
+    first, last, every = mesh.axis_names[0], mesh.axis_names[-1], mesh.axis_names
+    specs = [(None, None), (first, None), (None, first), (last, None), (every, None)]
+    if first != last:
+        specs += [(first, last), (last, first)]
     for spec in specs:
-        found, text = collectives_of(kind, spec)
-        # XLA makes one or two collectives of one exchange: the second puts devices into order.
-        assert 1 <= len(found) <= 3, (spec, found)
-        assert sum("all-gather" in line for line in found) <= 1, (spec, found)
+        text = program_of(mesh, spec)
+        exchanges = [line for line in text.splitlines() if COLLECTIVE.search(line)]
+        # One exchange takes at most one collective for each axis of the mesh.
+        assert 1 <= len(exchanges) <= 2 * len(every), (spec, exchanges)
+        # Nothing is gathered that is not needed: of the stack of gradients or updates a device has
+        # at most what is its part of the leaves.
+        ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(spec))
+        for line in exchanges:
+            match = COLLECTIVE.search(line)
+            assert match
+            shapes = [map(int, dims.split(",")) for dims in SHAPE.findall(match["result"])]
+            assert sum(map(math.prod, shapes)) <= 8 * math.prod(BLOCK) / ways, (spec, line)
         for part in ("/refresh/", "/step/"):  # What a device does with its own blocks.
             assert part in text
-            assert not [line for line in found if part in line], (spec, found)
-        # Eight blocks with padding: no device holds all of their factors or bases.
-        for d in (16, 24):
+            assert not [line for line in exchanges if part in line], (spec, exchanges)
+        # No device holds all factors or bases.
+        for d in BLOCK:
             assert f"[8,{d},{d}]" not in text
             assert f"[1,{d},{d}]" in text
 
 
-ONE_AXIS = [("x", None), (None, "x"), ("y", None), (None, None), (("x", "y"), None)]
-CHECKS["exchanges_auto"] = functools.partial(exchanges_once_each_way, AUTO, *ONE_AXIS)
-CHECKS["exchanges_explicit"] = functools.partial(exchanges_once_each_way, EXPLICIT, *ONE_AXIS)
+for _mesh in MESHES:
+    for _kind in (AUTO, EXPLICIT):
+        CHECKS[f"exchanges_{_mesh}_{_kind.name.lower()}"] = functools.partial(
+            exchanges_once_each_way, _mesh, _kind
+        )
 
 
 # Padding ------------------------------------------------------------------------------------------
@@ -330,6 +348,34 @@ def shardings_of_a_chain_serve_jit_on_both_sides() -> None:
         for _ in range(2):
             params, state = step(params, state)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+
+
+@check
+def moments_of_another_optimizer_lie_as_their_parameters() -> None:
+    mesh = mesh_of("4x2", AUTO)
+    params = place(draw(), mesh)
+    stack_sharding = all_axes(mesh)
+    optimizer = optax.partition(
+        {
+            "soap": soap_optax.soap(0.1, stack_sharding=stack_sharding),
+            "adamw": optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam()),
+        },
+        lambda params: {name: "adamw" if name.startswith("by") else "soap" for name in params},
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    found: Any = soap_optax.state_shardings(state, stack_sharding, params)
+    adam = found.inner_states["adamw"].inner_state[1]
+    for moment in (adam.mu, adam.nu):
+        for name in ("by rows", "by columns", "by both"):
+            assert moment[name] == [leaf.sharding for leaf in params[name]]
+    assert adam.count.spec == PartitionSpec()
+    soap = found.inner_states["soap"].inner_state[0]
+    assert soap.stacks["8x24_float64"].mu.spec == stack_sharding.spec
+    # A leaf of another shape, or under another path, is not a parameter's.
+    other = {"by rows": [jax.ShapeDtypeStruct((8,), jnp.float64)], "else": params["vector"][0]}
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), other)
+    for sharding in jax.tree.leaves(soap_optax.state_shardings(abstract, stack_sharding, params)):
+        assert sharding.spec == PartitionSpec()
 
 
 @check
