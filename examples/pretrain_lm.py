@@ -7,6 +7,12 @@ reached AdamW's final held-out loss. The text is the source of Python's standard
 --data names; its last tenth is held out. --out receives metrics.csv, a row for each evaluation, and
 diagnostics.csv, what SOAP's state said at that step, both written as they are measured; and the
 pictures of them, loss.png and diagnostics.png.
+
+    python examples/pretrain_lm.py --optimizer soap --mesh data=2,fsdp=4 --checkpoint-every 100
+
+trains on eight devices, simulated ones where the machine has fewer, and writes checkpoints. The
+same command with --resume goes on from the newest. On a cluster every process runs the same command
+with --distributed, or with --coordinator, --processes and --process.
 """
 
 from __future__ import annotations
@@ -18,9 +24,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import ExitStack, redirect_stdout
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TextIO
+from typing import NamedTuple, TextIO
 
 # On two cores OpenBLAS's threads and XLA's wait for each other: refreshing SOAP's small matrices
 # took 1800 ms, and 120 ms with this setting, which OpenBLAS reads when it is first imported.
@@ -31,7 +38,6 @@ import numpy as np
 import optax
 import optax.contrib
 from byte_gpt import (
-    Size,
     even_batches,
     files_in,
     make_model,
@@ -39,7 +45,10 @@ from byte_gpt import (
     read_text,
     standard_library,
 )
+from flags import OneLineParser, Settings, parse_arguments
 from flax import nnx
+from jax.sharding import NamedSharding
+from meshes import Placement, Processes, join, make_mesh, simulate_devices
 from reports import (
     Row,
     Run,
@@ -50,31 +59,10 @@ from reports import (
     progress,
     verdict,
 )
+from saving import Checkpoints
 from tqdm import tqdm
 
 from soap_optax import diagnostics, soap
-
-
-class Settings(argparse.Namespace):
-    """The flags, as `parse_arguments` leaves them."""
-
-    optimizer: list[str]
-    learning_rate: list[float]
-    steps: int
-    batch_size: int
-    precondition_frequency: int
-    layers: int
-    width: int
-    heads: int
-    context: int
-    seed: int
-    data: list[Path] | None
-    out: Path
-
-    @property
-    def size(self) -> Size:
-        """The size of the model."""
-        return Size(self.layers, self.width, self.heads, self.context)
 
 
 class Text(NamedTuple):
@@ -100,7 +88,7 @@ class Optimizer(NamedTuple):
 
     label: str
     learning_rate: float  # by default
-    make: Callable[[optax.Schedule, Settings], optax.GradientTransformation]
+    make: Callable[[optax.Schedule, Settings, NamedSharding], optax.GradientTransformation]
     diagnose: Callable[[optax.OptState], dict[str, jax.Array]] = nothing
 
 
@@ -116,28 +104,31 @@ OPTIMIZERS = {
     "soap": Optimizer(
         "SOAP",
         3e-2,
-        lambda rate, settings: soap(
+        lambda rate, settings, stack_sharding: soap(
             rate,
             weight_decay=WEIGHT_DECAY,
             precondition_frequency=settings.precondition_frequency,
+            max_precond_dim=settings.max_precond_dim,
+            stack_sharding=stack_sharding,
+            stack_multiple=settings.stack_multiple,
         ),
         diagnostics,
     ),
     "adamw": Optimizer(
         "AdamW",
         1e-2,
-        lambda rate, _: optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY),
+        lambda rate, *_: optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY),
     ),
     "muon": Optimizer(
         "Muon",
         3e-2,
-        lambda rate, _: optax.contrib.muon(rate, adam_b2=0.95, weight_decay=WEIGHT_DECAY),
+        lambda rate, *_: optax.contrib.muon(rate, adam_b2=0.95, weight_decay=WEIGHT_DECAY),
     ),
 }
 
 
 def make_optimizer(
-    name: str, learning_rate: float, settings: Settings
+    name: str, learning_rate: float, settings: Settings, stack_sharding: NamedSharding
 ) -> optax.GradientTransformation:
     """Returns clipping, then the optimizer, warmed up for a tenth of the steps, cosine after."""
     schedule = optax.warmup_cosine_decay_schedule(
@@ -148,7 +139,8 @@ def make_optimizer(
         end_value=learning_rate / 10,
     )
     return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM), OPTIMIZERS[name].make(schedule, settings)
+        optax.clip_by_global_norm(CLIP_NORM),
+        OPTIMIZERS[name].make(schedule, settings, stack_sharding),
     )
 
 
@@ -160,8 +152,17 @@ EVALUATIONS = 40  # of a run, apart from the one before the first step
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
-def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[tuple[Row, dict]]:
+def train(
+    run: Run,
+    settings: Settings,
+    text: Text,
+    placement: Placement,
+    checkpoints: Checkpoints | None,
+    bar: tqdm,
+) -> Iterator[tuple[Row, dict]]:
     """Trains, and evaluates before the first step, at regular steps and after the last.
+
+    It goes on from the newest checkpoint, if there is one.
 
     Yields:
       A row of metrics, and the diagnostics of the optimizer's state by name.
@@ -170,9 +171,14 @@ def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[tuple
       FloatingPointError: a training loss is not finite.
     """
     params, loss = make_model(settings.size, settings.seed)
-    optimizer = make_optimizer(run.optimizer, run.learning_rate, settings)
-    state = optimizer.init(params)
+    params = placement.put(params, placement.of_params(params))
+    optimizer = make_optimizer(run.optimizer, run.learning_rate, settings, placement.stacks)
+    of_state = placement.of_state(jax.eval_shape(optimizer.init, params), params)
+    state = jax.jit(optimizer.init, out_shardings=of_state)(params)
     run.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    done = checkpoints.step if checkpoints else 0
+    if checkpoints and done:
+        params, state = checkpoints.arrays((params, state))
 
     def take_step(params: nnx.State, state: optax.OptState, windows: jax.Array) -> tuple:
         value, grads = jax.value_and_grad(loss)(params, windows)
@@ -185,41 +191,47 @@ def train(run: Run, settings: Settings, text: Text, bar: tqdm) -> Iterator[tuple
 
     context, batch_size = settings.context, settings.batch_size
     batches = random_batches(text.training, batch_size, context, settings.seed)
-    held_out = even_batches(text.held_out, *HELD_OUT_BATCHES, context)
+    batches = map(placement.put_batches, islice(batches, done, None))
+    held_out = placement.put_batches(even_batches(text.held_out, *HELD_OUT_BATCHES, context))
     windows = next(batches)
-    step_once = jax.jit(take_step, donate_argnums=(0, 1)).lower(params, state, windows).compile()
-    evaluate = jax.jit(observe).lower(params, state, held_out).compile()
+    places = (placement.of_params(params), of_state, placement.replicated)
+    jitted = jax.jit(take_step, donate_argnums=(0, 1), out_shardings=places)
+    step_once = jitted.lower(params, state, windows).compile()
+    evaluate = jax.jit(observe, out_shardings=placement.replicated)
+    evaluate = evaluate.lower(params, state, held_out).compile()
 
-    held_out_loss, scalars = evaluate(params, state, held_out)
-    row = Row(0, math.nan, float(held_out_loss), math.nan, 0.0)
-    yield row, scalars
-    losses, durations = [], []
-    for step in range(1, settings.steps + 1):
+    if not done:
+        held_out_loss, scalars = evaluate(params, state, held_out)
+        yield Row(0, math.nan, float(held_out_loss), math.nan, 0.0), scalars
+    for step in range(done + 1, settings.steps + 1):
         started = time.perf_counter()
         params, state, value = step_once(params, state, windows)
         windows = next(batches)  # while the device computes
-        losses.append(float(value))
-        durations.append(time.perf_counter() - started)
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{run.label}: the loss of step {step} is {losses[-1]}")
+        run.losses.append(float(value))
+        run.durations.append(time.perf_counter() - started)
+        if not math.isfinite(run.losses[-1]):
+            raise FloatingPointError(f"{run.label}: the loss of step {step} is {run.losses[-1]}")
         bar.set_postfix_str(
-            f"loss={losses[-1]:.3f}, held-out={row.held_out_loss:.3f}, "
-            f"tok/s={batch_size * context / durations[-1]:,.0f}",
+            f"loss={run.losses[-1]:.3f}, held-out={run.rows[-1].held_out_loss:.3f}, "
+            f"tok/s={batch_size * context / run.durations[-1]:,.0f}",
             refresh=False,
         )
         bar.update()
-        if step % max(1, settings.steps // EVALUATIONS) == 0 or step == settings.steps:
-            elapsed = sum(durations)
+        last = step == settings.steps
+        if last or step % max(1, settings.steps // EVALUATIONS) == 0:
+            elapsed = sum(run.durations)
             held_out_loss, scalars = evaluate(params, state, held_out)
             row = Row(
                 step,
-                sum(losses) / len(losses),
+                sum(run.losses) / len(run.losses),
                 float(held_out_loss),
-                batch_size * context * len(durations) / elapsed,
-                row.seconds + elapsed,
+                batch_size * context * len(run.durations) / elapsed,
+                run.rows[-1].seconds + elapsed,
             )
+            run.losses, run.durations = [], []
             yield row, scalars
-            losses, durations = [], []
+        if checkpoints and (last or step % (settings.checkpoint_every or settings.steps) == 0):
+            checkpoints.save(step, (params, state), run)
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -236,105 +248,68 @@ def describe(settings: Settings) -> str:
     )
 
 
+def describe_devices(placement: Placement) -> str:
+    """Returns the devices that are in use."""
+    devices = placement.mesh.devices
+    kind = devices.flat[0].device_kind
+    if devices.size == 1:
+        return kind
+    sizes = ", ".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items())
+    return f"{devices.size} x {kind} ({sizes}; processes: {jax.process_count()})"
+
+
 # Command line -------------------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the line and exits with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def whole_number(text: str, least: int = 1) -> int:
-    """Reads a whole number from `least` to what fits into 32 bits."""
-    if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {least} to {2**31 - 1}, got {text!r}"
-        )
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """Reads a positive finite number."""
+def start_jax(parser: argparse.ArgumentParser, settings: Settings) -> Placement:
+    """Joins the other processes, if there are any, and makes the mesh."""
+    devices = math.prod(settings.mesh)
+    if settings.coordinator and settings.processes and settings.process is not None:
+        simulate_devices(devices // settings.processes)
+        join(Processes(settings.coordinator, settings.processes, settings.process))
+    elif settings.distributed:
+        join(None)
+    elif devices > 1:
+        simulate_devices(devices)
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
+        return Placement(make_mesh(settings.mesh))
+    except ValueError as error:
+        parser.error(f"argument --mesh: {error}")
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Settings:
-    """Reads and checks the flags."""
-    parser.add_argument(
-        "--optimizer",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=["soap", "adamw"],
-        metavar="NAME",
-        help=f"one or more of {', '.join(OPTIMIZERS)}, trained in turn (default: soap adamw)",
-    )
-    parser.add_argument(
-        "--learning-rate",
-        nargs="+",
-        type=positive_number,
-        metavar="RATE",
-        help="one for all optimizers or one for each (default: the best that was tried)",
-    )
-    for flag, default, meaning in (
-        ("--steps", 400, "training steps"),
-        ("--batch-size", 128, "windows of text in a batch"),
-        ("--precondition-frequency", 10, "steps from one of SOAP's refreshes to the next"),
-        ("--layers", 3, "transformer blocks"),
-        ("--width", 64, "length of the residual vectors"),
-        ("--heads", 2, "attention heads, a divisor of the width"),
-        ("--context", 64, "bytes in a window of text"),
-        ("--seed", 0, "decides the initial weights and the batches"),
-    ):
-        parser.add_argument(
-            flag,
-            type=partial(whole_number, least=min(1, default)),
-            default=default,
-            metavar="N",
-            help=f"{meaning} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="files or folders of text (default: Python's standard library)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out"),
-        metavar="FOLDER",
-        help="where results go, replacing earlier ones (default: %(default)s)",
-    )
-    settings = parser.parse_args(arguments, Settings())
+def open_checkpoints(
+    parser: argparse.ArgumentParser, settings: Settings, stack: ExitStack
+) -> dict[str, Checkpoints]:
+    """Opens the checkpoints of each optimizer, and checks that they are wanted and fit."""
+    if not (settings.checkpoint_every or settings.resume):
+        return {}
+    opened = {}
+    for name in settings.optimizer:
+        folder = settings.out / "checkpoints" / name
+        opened[name] = checkpoints = Checkpoints(folder)
+        stack.callback(checkpoints.close)
+        if checkpoints.step and not settings.resume:
+            parser.error(
+                f"argument --out: {folder} holds a checkpoint of step {checkpoints.step}; "
+                "go on from it with --resume, or name another folder"
+            )
+        if checkpoints.step:
+            check_same_training(parser, settings, name, checkpoints.run())
+    return opened
 
-    names, rates = settings.optimizer, settings.learning_rate
-    if len(set(names)) < len(names):
-        parser.error("argument --optimizer: name each optimizer once")
-    if rates is None:
-        rates = [OPTIMIZERS[name].learning_rate for name in names]
-    elif len(rates) == 1:
-        rates = rates * len(names)
-    if len(rates) != len(names):
-        parser.error(
-            f"argument --learning-rate: got {len(rates)} for {len(names)} optimizers, "
-            "give one for all or one for each"
-        )
-    if settings.width % settings.heads:
-        parser.error(
-            f"argument --heads: must divide the width, {settings.width}, got {settings.heads}"
-        )
-    settings.learning_rate = rates
-    return settings
+
+def check_same_training(
+    parser: argparse.ArgumentParser, settings: Settings, name: str, run: Run
+) -> None:
+    """Checks that a checkpoint is of the training that the flags describe."""
+    rate = settings.learning_rate[settings.optimizer.index(name)]
+    now, then = settings.training | {"learning_rate": rate}, run.training
+    for flag, value in now.items():
+        if then[flag] != value:
+            parser.error(
+                f"argument --resume: the checkpoint of {run.label} was written with "
+                f"--{flag.replace('_', '-')} {then[flag]}, not {value}"
+            )
 
 
 def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
@@ -359,58 +334,70 @@ def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
 
 
 def train_all(
-    settings: Settings, text: Text, runs: list[Run], metrics: TextIO, states: TextIO
+    settings: Settings,
+    text: Text,
+    placement: Placement,
+    checkpoints: dict[str, Checkpoints],
+    runs: list[Run],
+    metrics: TextIO,
+    states: TextIO,
 ) -> None:
     """Trains with one optimizer after another, adding to `runs` and to the files as it goes."""
     write_row, write_scalar = csv.writer(metrics).writerow, csv.writer(states).writerow
+
+    def write(name: str, row: Row, scalars: dict[str, float]) -> None:
+        write_row((name, *row))
+        for scalar in scalars.items():
+            write_scalar((name, row.step, *scalar))
+        metrics.flush()
+        states.flush()
+
     write_row(("optimizer", *Row._fields))
     write_scalar(("optimizer", "step", "name", "value"))
     for name, rate in zip(settings.optimizer, settings.learning_rate, strict=True):
-        started = time.perf_counter()
+        saved = checkpoints.get(name)
         run = Run(name, OPTIMIZERS[name].label, rate)
+        run.training = settings.training | {"learning_rate": rate}
+        if saved and saved.step:
+            run = saved.run()
+            print(f"{run.label}: going on from the checkpoint of step {saved.step}", flush=True)
+            for row, scalars in zip(run.rows, run.diagnostics, strict=True):
+                write(name, row, scalars)
         runs.append(run)
-        with tqdm(total=settings.steps, desc=run.label, bar_format=BAR_FORMAT, disable=None) as bar:
-            for row, arrays in train(run, settings, text, bar):
+        started = time.perf_counter() - run.wall_clock
+        with tqdm(
+            total=settings.steps,
+            initial=saved.step if saved else 0,
+            desc=run.label,
+            bar_format=BAR_FORMAT,
+            disable=None if jax.process_index() == 0 else True,
+        ) as bar:
+            for row, arrays in train(run, settings, text, placement, saved, bar):
                 scalars = {key: float(array) for key, array in arrays.items()}
                 run.rows.append(row)
                 run.diagnostics.append(scalars)
                 run.wall_clock = time.perf_counter() - started
-                write_row((name, *row))
-                for scalar in scalars.items():
-                    write_scalar((name, row.step, *scalar))
-                metrics.flush()
-                states.flush()
+                write(name, row, scalars)
                 if bar.disable:  # standard error is not a terminal
                     print(progress(run, settings.steps), flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def open_results(out: Path) -> tuple[TextIO, TextIO]:
+    """Opens the files of metrics and of diagnostics; only the first process writes any."""
+    if jax.process_index() > 0:
+        return open(os.devnull, "w"), open(os.devnull, "w")
+    out.mkdir(parents=True, exist_ok=True)
+    metrics, states = (
+        (out / name).open("w", newline="", encoding="utf-8")
+        for name in ("metrics.csv", "diagnostics.csv")
     )
-    settings = parse_arguments(parser, arguments)
-    text = load_text(parser, settings)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        metrics, states = (
-            (settings.out / name).open("w", newline="", encoding="utf-8")
-            for name in ("metrics.csv", "diagnostics.csv")
-        )
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {error.filename}: {error.strerror}")
-    title = describe(settings)
-    print(f"{title}; on {jax.devices()[0].device_kind}", flush=True)
+    return metrics, states
 
-    runs: list[Run] = []
-    problem, code = "", 0
-    try:
-        with metrics, states:
-            train_all(settings, text, runs, metrics, states)
-    except FloatingPointError as error:
-        problem, code = f"error: {error}; try a lower --learning-rate", 1
-    except KeyboardInterrupt:
-        problem, code = "interrupted", 130
+
+def close(
+    parser: argparse.ArgumentParser, settings: Settings, runs: list[Run], problem: str
+) -> str:
+    """Prints what complete runs gave and draws what there is; returns the problem, if any."""
     if not problem:
         target = next((run for run in runs if run.optimizer == "adamw"), None)
         print(f"\n{closing_table(runs, target, settings.batch_size * settings.context)}\n")
@@ -421,16 +408,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if any(run.diagnostics):
                 print(counters(run))
     try:
-        draw_curves(runs, title, settings.out / "loss.png")
+        draw_curves(runs, describe(settings), settings.out / "loss.png")
         for run in runs:
             if any(run.diagnostics):
                 draw_diagnostics(run, settings.out / "diagnostics.png")
     except OSError as error:
-        problem, code = f"error: cannot draw {error.filename}: {error.strerror}", 1
+        problem = f"error: cannot draw {error.filename}: {error.strerror}"
     if problem:
         print(f"{parser.prog}: {problem} (results so far: {settings.out})", file=sys.stderr)
     else:
         print(f"Metrics and curves are in {settings.out}.")
+    return problem
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rates = {name: optimizer.learning_rate for name, optimizer in OPTIMIZERS.items()}
+    settings = parse_arguments(parser, arguments, rates)
+    text = load_text(parser, settings)
+    placement = start_jax(parser, settings)
+    leads = jax.process_index() == 0
+    runs: list[Run] = []
+    with ExitStack() as stack:
+        if not leads:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            checkpoints = open_checkpoints(parser, settings, stack)
+            metrics, states = map(stack.enter_context, open_results(settings.out))
+        except OSError as error:
+            parser.error(f"argument --out: cannot write to {error.filename}: {error.strerror}")
+        print(f"{describe(settings)}; on {describe_devices(placement)}", flush=True)
+        problem, code = "", 0
+        try:
+            train_all(settings, text, placement, checkpoints, runs, metrics, states)
+        except FloatingPointError as error:
+            problem, code = f"error: {error}; try a lower --learning-rate", 1
+        except KeyboardInterrupt:
+            problem, code = "interrupted", 130
+        if leads:
+            code = code or int(bool(close(parser, settings, runs, problem)))
     return code
 
 

@@ -31,6 +31,9 @@ class Run:
     diagnostics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # as the rows
     state_bytes: int = 0
     wall_clock: float = 0.0  # everything: compilation, training, evaluation
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the steps since the last row
+    durations: list[float] = dataclasses.field(default_factory=list)  # of the same, in seconds
+    training: dict[str, float] = dataclasses.field(default_factory=dict)  # flags that decide it
 
     @property
     def best_loss(self) -> float:

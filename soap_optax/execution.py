@@ -184,7 +184,9 @@ def update_ravelled(
     mu, nu = block.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
     # The division comes last: XLA would repeat cheaper work in the slice for every single leaf.
     scaled = mu * spread(jnp.where(applied, correction, 0))
-    direction = placement.take_out(block.adam_direction(scaled, nu, hyper), sharding)
+    direction = block.adam_direction(scaled, nu, hyper)
+    if sharding is not None:
+        direction = placement.join_axis(direction, 0, sharding)
     updates = [
         direction[entry].reshape(grad.shape) for grad, entry in zip(grads, entries, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +14,33 @@ from soap_optax.planning import Group, Plan, Region
 from soap_optax.views import Shape, View
 
 
-def gather(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> list[Array]:
+def gather(
+    leaves: Sequence[ArrayLike],
+    plan: Plan,
+    group: Group,
+    place: Callable[[dict[Region, Array]], dict[Region, Array]] = lambda tiles: tiles,
+) -> list[Array]:
     """Reads a group's blocks out of the leaves: `(k, *tile)` for each run of equal tiles.
 
     Padding blocks of a stack are zeros.
+
+    Args:
+      leaves: all leaves of the tree.
+      plan: the plan of the tree.
+      group: the group whose blocks are read.
+      place: what says where the tiles of each region, `(*tiles, *tile)`, lie on a mesh.
     """
+    tiles = place(
+        {
+            region: _to_tiles(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
+            for region in group.regions
+        }
+    )
     pads_blocks = bool(group.axes) and group.padding > 0
     return [
         jnp.concatenate(
             [
-                *(
-                    _to_blocks(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
-                    for region in run
-                ),
+                *(tiles[region].reshape(-1, *region.block) for region in run),
                 *([jnp.zeros((group.padding, *group.block))] if pads_blocks else []),
             ],
             dtype=group.dtype,
@@ -99,19 +113,18 @@ def _from_view(array: Array, view: View, shape: Shape) -> Array:
     return ordered.transpose(np.argsort(np.asarray(view.order, int)))
 
 
-def _to_blocks(view: Array, region: Region) -> Array:
+def _to_tiles(view: Array, region: Region) -> Array:
     lengths = [count * d for count, d in zip(region.tiles, region.tile, strict=True)]
     window = tuple(
         slice(first, first + length) for first, length in zip(region.start, lengths, strict=True)
     )
     if math.prod(region.tiles) == 1:
-        return view[window].reshape(1, *region.block)
+        return view[window].reshape(region.tiles + region.tile)
     ndim = len(region.tile)
     tiled = view[window].reshape(
         list(itertools.chain(*zip(region.tiles, region.tile, strict=True)))
     )
-    tiled = tiled.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
-    return tiled.reshape(-1, *region.block)
+    return tiled.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
 
 
 def _from_blocks(blocks: Array, region: Region) -> Array:

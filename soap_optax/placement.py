@@ -1,16 +1,20 @@
-"""Where arrays lie on a mesh: leaves, stacks, and what a device does with its own blocks alone.
+"""Where arrays lie on a mesh, and what a device does with its own blocks alone."""
 
-A stack that is sharded has whole blocks on every device. Between it and the leaves, which lie as
-the user wants them, gradients are exchanged once on their way in and updates on their way out.
-"""
-
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
+
+# What divides the parts of an axis, of which there is one for each axis of the mesh: that, or
+# nothing, or what the compiler finds.
+Division = tuple[Any, ...]
 
 
 def with_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,39 +56,125 @@ def replicate(array: Array, sharding: NamedSharding | None) -> Array:
     return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def bring_in(stack: Array, sharding: NamedSharding | None) -> Array:
-    """Divides a stack that was put together from leaves: the exchange of gradients."""
-    if sharding is None:
-        return stack
-    parts = stack.reshape(*parts_of(sharding), -1, *stack.shape[1:])
-    for joined in reversed(range(len(axes_of(sharding)) + 1)):
-        parts = _divide_over_all_but(joined, parts, sharding)
-    return divide(parts.reshape(stack.shape), sharding)
+def divide_axis(
+    array: Array, axis: int, sharding: NamedSharding, *, may_be_split: bool = False
+) -> Array:
+    """Divides an axis of an array among all devices.
 
-
-def take_out(stack: Array, sharding: NamedSharding | None) -> Array:
-    """Makes a divided stack whole along its leading axis: the exchange of updates."""
-    if sharding is None:
-        return stack
-    parts = stack.reshape(*parts_of(sharding), -1, *stack.shape[1:])
-    for joined in range(1, len(axes_of(sharding)) + 1):
-        parts = _divide_over_all_but(joined, parts, sharding)
-    return parts.reshape(stack.shape)
-
-
-def _divide_over_all_but(joined: int, parts: Array, sharding: NamedSharding) -> Array:
-    """Divides parts, `(x, y, ..., blocks, *block)`, over all axes of the mesh but the first ones.
-
-    The compiler splits the axes of a block as it finds the leaves split, with those axes of the
-    mesh that are free. Going from whole to divided in a single step, or one axis of the mesh after
-    another without an axis of the array for each, makes it gather the stack on every device
-    wherever leaves are split over an axis that divides the stack too.
+    Args:
+      array: any array.
+      axis: the axis that is to be divided.
+      sharding: over which axes of the mesh, one after another.
+      may_be_split: whether the compiler may find the axis split to begin with, or else is to make
+        it whole.
     """
+    steps = reversed(_from_divided_to_whole(sharding, may_be_split))
+    return _step_by_step(array, {axis: steps}, sharding)
+
+
+def join_axis(
+    array: Array, axis: int, sharding: NamedSharding, *, may_be_split: bool = False
+) -> Array:
+    """Undoes `divide_axis`, with the same arguments."""
+    return _step_by_step(array, {axis: _from_divided_to_whole(sharding, may_be_split)}, sharding)
+
+
+def divide_first_instead_of(axis: int, array: Array, sharding: NamedSharding) -> Array:
+    """Divides the first axis of an array in place of another, which becomes whole."""
+    first, other = _from_divided_to_whole(sharding), _from_whole_to_divided(sharding)
+    return _step_by_step(array, {0: reversed(first), axis: reversed(other)}, sharding)
+
+
+def divide_instead_of_first(axis: int, array: Array, sharding: NamedSharding) -> Array:
+    """Divides an axis of an array in place of the first, which becomes whole."""
+    first, other = _from_divided_to_whole(sharding), _from_whole_to_divided(sharding)
+    return _step_by_step(array, {0: first, axis: other}, sharding)
+
+
+def _from_divided_to_whole(sharding: NamedSharding, may_be_split: bool = False) -> list[Division]:
+    """The divisions of an axis that is given up by one axis of the mesh after another."""
     axes = axes_of(sharding)
-    leading = [*[None] * joined, *axes[joined:], None]
-    others = [PartitionSpec.UNCONSTRAINED] * (parts.ndim - len(leading))
-    spec = PartitionSpec(*leading, *others)
-    return lax.with_sharding_constraint(parts, NamedSharding(sharding.mesh, spec))
+    given_up = UNCONSTRAINED if may_be_split else None
+    return [
+        (*[given_up] * (number - 1), *[None] * min(number, 1), *axes[number:])
+        for number in range(len(axes) + 1)
+    ]
+
+
+def _from_whole_to_divided(sharding: NamedSharding) -> list[Division]:
+    """The divisions of an axis that takes up what `_from_divided_to_whole` has given up."""
+    axes = axes_of(sharding)
+    return [(*axes[:number], *[None] * (len(axes) - number)) for number in range(len(axes) + 1)]
+
+
+def _step_by_step(
+    array: Array, divisions: Mapping[int, Iterable[Division]], sharding: NamedSharding
+) -> Array:
+    """Takes axes of an array through one division after another; the others are the compiler's.
+
+    What the compiler finds split over axes of the mesh that are not in use stays so. In a single
+    step, or without an axis of the array for each axis of the mesh, it would gather the array on
+    every device wherever one of the others is split over an axis of the mesh that comes into use.
+    """
+    parts = parts_of(sharding)
+    divided = {axis % array.ndim: steps for axis, steps in divisions.items()}
+    shapes = [
+        [*parts, length // math.prod(parts)] if axis in divided else [length]
+        for axis, length in enumerate(array.shape)
+    ]
+    split = array.reshape(list(itertools.chain(*shapes)))
+    for step in zip(*divided.values(), strict=True):
+        names = dict(zip(divided, step, strict=True))
+        specs = [
+            [*names[axis], None] if axis in names else [UNCONSTRAINED] for axis in range(array.ndim)
+        ]
+        held = NamedSharding(sharding.mesh, PartitionSpec(*itertools.chain(*specs)))
+        split = lax.with_sharding_constraint(split, held)
+    return split.reshape(array.shape)
+
+
+def refine(sharding: NamedSharding, counts: Collection[int]) -> NamedSharding:
+    """The same division of a leading axis, over a mesh with more and shorter axes.
+
+    An axis of a leaf that is cut into tiles, and split over the mesh, is split first from tile to
+    tile and then within a tile: where there are fewer tiles than devices, over a part of an axis of
+    the mesh each. Only a whole axis of a mesh can be named, and so each part gets one. All parts
+    are equally long, where possible: then what splits a tile first and what is to divide it first
+    are alike.
+
+    Args:
+      sharding: divides a leading axis among devices.
+      counts: how many tiles there are along the axes of leaves.
+    """
+    mesh, before, factors = sharding.mesh, 1, []
+    assert isinstance(mesh, Mesh)
+    for length in parts_of(sharding):
+        left = {count // math.gcd(count, first) for count in counts for first in (1, before)}
+        factors.append(_factors(length, {math.gcd(count, length) for count in left}))
+        before *= length
+    if len(set(itertools.chain(*factors))) > 1:
+        factors = [_factors(length, range(2, length)) for length in parts_of(sharding)]
+    named = [
+        (f"{axis}_{number}", factor)
+        for axis, parts in zip(axes_of(sharding), factors, strict=True)
+        for number, factor in enumerate(parts)
+    ]
+    others = [axis for axis in mesh.axis_names if axis not in axes_of(sharding)]
+    order = [mesh.axis_names.index(axis) for axis in (*axes_of(sharding), *others)]
+    shape = [*(factor for _, factor in named), *(mesh.shape[axis] for axis in others)]
+    names = [*(name for name, _ in named), *others]
+    devices = mesh.devices.transpose(order).reshape(shape)
+    finer = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    return NamedSharding(finer, PartitionSpec(tuple(name for name, _ in named)))
+
+
+def _factors(length: int, divisors: Iterable[int]) -> list[int]:
+    """Factors of a number, whose products from the first on are divisors of it, if they can be."""
+    products = [1]
+    for divisor in (*sorted(divisors), length):
+        if divisor % products[-1] == 0 == length % divisor and divisor > products[-1]:
+            products.append(divisor)
+    return [end // start for start, end in itertools.pairwise(products)]
 
 
 def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
@@ -116,6 +206,8 @@ def on_local_blocks(
         mesh=sharding.mesh,
         in_specs=(sharding.spec, PartitionSpec()),
         out_specs=sharding.spec,
+        # JAX's own eigh for TPUs loops over values whose types this check finds to differ (0.10).
+        check_vma=False,
     )(blocks, shared)
 
 

@@ -71,6 +71,12 @@ class Group:
         return sum(math.prod(region.tiles) for region in self.regions)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether any leaf is cut along an axis of its blocks."""
+        ndim = len(self.block)
+        return any(math.prod(region.tiles[-ndim:]) > 1 for region in self.regions)
+
+    @property
     def entries(self) -> int:
         """How many entries of parameters the group holds."""
         return sum(math.prod(region.tiles + region.tile) for region in self.regions)

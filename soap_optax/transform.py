@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, execution, layout, placement, planning, views
+from soap_optax import arguments, exchange, execution, layout, placement, planning, views
 from soap_optax.block import Hyperparameters
 from soap_optax.shardings import place_state
 from soap_optax.state import ScaleBySoapState, initial_state
@@ -199,13 +199,11 @@ def scale_by_soap(
         stacks, ravelled = {}, {}
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
-                [grads] = layout.gather(leaves, plan, group)
-                grads = placement.bring_in(grads, sharding)
-                stack_update, stacks[name] = execution.update_stack(
+                grads = exchange.bring_in(leaves, plan, group, sharding)
+                stack_updates, stacks[name] = execution.update_stack(
                     grads, state.stacks[name], group, hyper[group.dtype.name], frequency, sharding
                 )
-                stack_update = placement.take_out(stack_update, sharding)
-                blocks |= layout.split([stack_update], group, starts)
+                blocks |= exchange.take_out(stack_updates, group, starts, sharding)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):
                 grads = layout.gather(leaves, plan, group)
