@@ -80,10 +80,28 @@ class Size(NamedTuple):
     context: int
 
 
+def precision() -> jnp.dtype:
+    """The dtype of the parameters: float32, or float64 where JAX_ENABLE_X64 is set."""
+    return jnp.result_type(float)
+
+
+def norm(width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Returns a norm."""
+    return nnx.RMSNorm(width, param_dtype=precision(), rngs=rngs)
+
+
+def embedding(count: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
+    """Returns a table of vectors."""
+    init = nnx.initializers.normal(0.02)
+    return nnx.Embed(count, width, embedding_init=init, param_dtype=precision(), rngs=rngs)
+
+
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, stddev: float = 0.02) -> nnx.Linear:
     """Returns a linear map without bias."""
     init = nnx.initializers.normal(stddev)
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, use_bias=False, kernel_init=init, param_dtype=precision(), rngs=rngs
+    )
 
 
 class Block(nnx.Module):
@@ -92,12 +110,12 @@ class Block(nnx.Module):
     def __init__(self, size: Size, rngs: nnx.Rngs):
         width, residual_stddev = size.width, 0.02 / math.sqrt(2 * size.layers)
         self.heads = size.heads
-        self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.attention_norm = norm(width, rngs)
         self.query = linear(width, width, rngs)
         self.key = linear(width, width, rngs)
         self.value = linear(width, width, rngs)
         self.mix = linear(width, width, rngs, residual_stddev)
-        self.mlp_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.mlp_norm = norm(width, rngs)
         self.up = linear(width, 4 * width, rngs)
         self.down = linear(4 * width, width, rngs, residual_stddev)
 
@@ -115,11 +133,11 @@ class GPT(nnx.Module):
     """A pre-norm transformer over bytes with learned positions, no biases and an untied head."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
-        width, init = size.width, nnx.initializers.normal(0.02)
-        self.embedding = nnx.Embed(256, width, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(size.context, width, embedding_init=init, rngs=rngs)
+        width = size.width
+        self.embedding = embedding(256, width, rngs)
+        self.positions = embedding(size.context, width, rngs)
         self.blocks = nnx.List([Block(size, rngs) for _ in range(size.layers)])
-        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.norm = norm(width, rngs)
         self.head = linear(width, 256, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -230,6 +230,30 @@ def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     assert is_png(tmp_path / "loss.png")
 
 
+def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written(
+    both: tuple[Path, str, str], folder: Path, tmp_path: Path
+):
+    arguments = ("--steps", STEPS, "--data", folder, "--out", tmp_path, "--checkpoint-every", "5")
+    whole = start("--optimizer", "soap", *arguments)
+    assert whole.wait() == 0
+    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
+    scalars = (tmp_path / "diagnostics.csv").read_text()
+    (tmp_path / "checkpoints" / "soap" / str(STEPS)).rename(tmp_path / "lost")
+    assert start("--optimizer", "soap", *arguments, "--resume").wait() == 0
+    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
+    assert (tmp_path / "diagnostics.csv").read_text() == scalars
+
+    for flags, message in {
+        (): r"checkpoints/soap holds a checkpoint of step 12; go on from it with --resume",
+        ("--resume", "--seed", "1"): r"the checkpoint of SOAP was written with --seed 0, not 1",
+    }.items():
+        process = start("--optimizer", "soap", *arguments, *flags)
+        _, stderr = process.communicate()
+        assert process.returncode == 2
+        assert re.search(rf"^pretrain_lm\.py: error: .*{message}.*\n\Z", stderr)
+    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
+
+
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     """The example as a module, so that its mistakes need not import JAX anew each."""
@@ -238,6 +262,9 @@ def example() -> ModuleType:
         patch.setenv("OPENBLAS_NUM_THREADS", "1")  # the example sets it: put it back afterwards
         patch.syspath_prepend(str(ROOT / "examples"))
         return importlib.import_module("pretrain_lm")
+
+
+JOB = ["--coordinator", "localhost:1", "--processes", "2"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +286,14 @@ def example() -> ModuleType:
         (["--data", "{tmp}/short.txt"], ["--data", "short.txt has 160 bytes", "context, 16"]),
         (["--out", "{tmp}/short.txt"], ["--out", "cannot write to", "short.txt"]),
         (["--out", "{tmp}/short.txt/below"], ["--out", "cannot write to", "below"]),
+        (["--mesh", "tensor=2"], ["--mesh", "data, fsdp", "'tensor=2'"]),
+        (["--mesh", "data=0"], ["--mesh", "from 1", "'0'"]),
+        (["--mesh", "data=3"], ["--batch-size", "multiple of the 3 devices", "got 4"]),
+        (["--mesh", "fsdp=2", "--stack-multiple", "3"], ["--stack-multiple", "2 devices", "got 3"]),
+        (["--processes", "2"], ["--processes", "--coordinator", "go together"]),
+        (["--distributed", *JOB, "--process", "0"], ["--coordinator", "--distributed"]),
+        ([*JOB, "--process", "2"], ["--process", "below --processes, 2, got 2"]),
+        ([*JOB, "--process", "1"], ["--mesh", "1 devices", "--processes, 2"]),
     ],
 )
 def test_a_mistake_gets_one_line(

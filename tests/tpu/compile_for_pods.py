@@ -1,0 +1,375 @@
+"""Compiles training steps for TPU pods, ahead of time and without a TPU, and tabulates them.
+
+    pip install ".[tpu]"
+    python tests/tpu/compile_for_pods.py --models 360m 660m 7b --pods v5e:16x16 v5p:8x8x8
+
+For each pod, model and optimizer a row says how long the step took to compile, what every chip
+holds (parameters, state of the optimizer, temporaries), and what the optimizer exchanges: the
+collectives of an update compiled by itself, and the bytes that each chip receives in them.
+
+    python tests/tpu/compile_for_pods.py --decompositions
+
+says how long the compiler takes for one QR, for a batch of them, and for the same under `lax.map`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about.
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import soap_optax
+
+# Models -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer with SwiGLU or plain MLPs, its layers in one stack for a scan."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    context: int
+    batch: int  # sequences in a step
+    gated: bool
+    block_size: int  # of SOAP, such that all chips of a pod of 256 have equally many blocks
+
+
+# The paper's models (Vyas et al., 2024, section 5): OLMo's architecture with the T5 tokenizer, a
+# context of 1,024 and batches of two million tokens; and a 7B with the sizes of Llama 2. The
+# vocabularies are padded to a multiple of 512.
+MODELS = {
+    "360m": Model(24, 1024, 4096, 16, 32256, 1024, 2048, gated=False, block_size=256),
+    "660m": Model(24, 1408, 5632, 22, 32256, 1024, 2048, gated=False, block_size=352),
+    "7b": Model(32, 4096, 11008, 32, 32256, 2048, 1024, gated=True, block_size=1024),
+}
+
+
+def shapes_of(model: Model) -> dict[str, Any]:
+    """The shapes of the parameters."""
+    d, h, n = model.width, model.hidden, model.layers
+    names = ("query", "key", "value", "out")
+    mlp = {"up": (n, d, h), "down": (n, h, d)} | ({"gate": (n, d, h)} if model.gated else {})
+    shapes = {
+        "embedding": (model.vocabulary, d),
+        "layers": {
+            "attention": dict.fromkeys(names, (n, d, d)),
+            "mlp": mlp,
+            "norms": {"attention": (n, d), "mlp": (n, d)},
+        },
+        "lm_head": (d, model.vocabulary),
+    }
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def specs_of(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Parameters split along their longest axis: over all chips, or else over one axis of them."""
+
+    def spec(leaf: jax.ShapeDtypeStruct) -> P:
+        last_two = leaf.shape[-2:]
+        if len(leaf.shape) == 2 and leaf.shape[0] < 100:
+            return P()  # Norms.
+        axis = len(leaf.shape) - 2 + (last_two[1] > last_two[0])
+        axes = "fsdp" if leaf.shape[axis] % mesh.size else ("data", "fsdp")
+        return P(*[None] * axis, axes)
+
+    return jax.tree.map(spec, params)
+
+
+def loss_of(model: Model) -> Callable[[Any, jax.Array], jax.Array]:
+    heads, size = model.heads, model.width // model.heads
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def attention(x: jax.Array, w: Any) -> jax.Array:
+        b, t, d = x.shape
+        q, k, v = ((x @ w[name]).reshape(b, t, heads, size) for name in ("query", "key", "value"))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b, t, d) @ w["out"]
+
+    def mlp(x: jax.Array, w: Any) -> jax.Array:
+        up = x @ w["up"]
+        up = jax.nn.silu(x @ w["gate"]) * up if model.gated else jax.nn.gelu(up)
+        return up @ w["down"]
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        w = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), w)
+        x = x + attention(norm(x, w["norms"]["attention"]), w["attention"])
+        return x + mlp(norm(x, w["norms"]["mlp"]), w["mlp"]), None
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+        x, _ = jax.lax.scan(layer, x, params["layers"])
+        logits = (x @ params["lm_head"].astype(jnp.bfloat16)).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return loss
+
+
+# Optimizers ---------------------------------------------------------------------------------------
+
+
+def matrices_of_layers(params: Any) -> Any:
+    """Says of the stacked layers that their first axis counts matrices."""
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree.map(lambda leaf: numbers if len(leaf.shape) == 3 else None, params)
+
+
+def optimizers(model: Model, sharding: NamedSharding) -> dict[str, Any]:
+    """AdamW, and SOAP for the layers' matrices with AdamW for the rest."""
+    adamw = optax.adamw(3e-3)
+    soap = soap_optax.soap(
+        3e-3,
+        block_size=model.block_size,
+        dimension_numbers=matrices_of_layers,
+        stack_sharding=sharding,
+    )
+    partition = optax.partition({"soap": soap, "adamw": adamw}, soap_optax.default_labels)
+    return {
+        name: optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+        for name, optimizer in (("AdamW", adamw), ("SOAP", partition))
+    }
+
+
+# Programs -----------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) "
+    r"(?P<kind>all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
+)
+SHAPE = re.compile(r"(pred|s8|u8|bf16|f16|s32|u32|f32|f64)\[([\d,]*)\]")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, for one chip."""
+
+    seconds: float
+    temporaries: int  # bytes
+    collectives: dict[str, int]
+    received: int  # bytes, as results of collectives
+    inside: int  # collectives in the refresh or in the step of blocks
+
+
+def compile_program(lowered: Any) -> Compiled:
+    """Compiles a program and reads what it holds and exchanges."""
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    lines = [line for line in compiled.as_text().splitlines() if COLLECTIVE.search(line)]
+    matches = [match for line in lines if (match := COLLECTIVE.search(line))]
+    received = sum(
+        BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+        for match in matches
+        for dtype, dims in SHAPE.findall(match["result"])
+    )
+    inside = sum("/refresh/" in line or "/step/" in line for line in lines)
+    kinds = Counter(match["kind"] for match in matches)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return Compiled(seconds, temporaries, dict(sorted(kinds.items())), received, inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training step of one model with one optimizer on one pod; bytes are those of a chip."""
+
+    pod: str
+    model: str
+    optimizer: str
+    parameters: int
+    state: int
+    even_share: float
+    largest_stack: int
+    step: Compiled
+    update: Compiled
+
+
+def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) -> Row:
+    """Compiles a training step, and the update in it by itself."""
+    model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
+    params = shapes_of(model)
+    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(params, mesh))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        of_params,
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    of_state = soap_optax.state_shardings(state, stack_sharding, params)
+    tokens = jax.ShapeDtypeStruct(
+        (model.batch, model.context + 1), jnp.int32, sharding=NamedSharding(mesh, P(AXES))
+    )
+    loss = loss_of(model)
+
+    def update(grads: Any, params: Any, state: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        return *update(grads, params, state), value
+
+    whole_step = jax.jit(
+        step,
+        in_shardings=(of_params, of_state, tokens.sharding),
+        out_shardings=(of_params, of_state, None),
+        donate_argnums=(0, 1),
+    )
+    update_alone = jax.jit(
+        update,
+        in_shardings=(of_params, of_params, of_state),
+        out_shardings=(of_params, of_state),
+        donate_argnums=(0, 1, 2),
+    )
+    soap_states = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_soap) if is_soap(leaf)]
+    stacks = [stack for one in soap_states for stack in one.stacks.values()]
+    return Row(
+        pod,
+        name,
+        label,
+        parameters=local_bytes(params, of_params),
+        state=local_bytes(state, of_state),
+        even_share=bytes_of(state) / mesh.size,
+        largest_stack=max([bytes_of(stack) // mesh.size for stack in stacks], default=0),
+        step=compile_program(whole_step.lower(params, state, tokens)),
+        update=compile_program(update_alone.lower(params, params, state)),
+    )
+
+
+def is_soap(node: Any) -> bool:
+    return hasattr(node, "stacks")
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def local_bytes(tree: Any, shardings: Any) -> int:
+    """What one chip holds of a tree."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+# Decompositions -----------------------------------------------------------------------------------
+
+
+def compile_decompositions(batch: int, d: int) -> None:
+    """Prints how long the compiler takes for QR decompositions, one way or another."""
+    topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    here = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def qr(matrix: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matrix)[0]
+
+    one = jax.ShapeDtypeStruct((d, d), jnp.float32, sharding=here)
+    many = jax.ShapeDtypeStruct((batch, d, d), jnp.float32, sharding=here)
+    programs = {
+        f"one {d}x{d}": (qr, one),
+        f"{batch} of {d}x{d} in one operation": (qr, many),
+        f"{batch} of {d}x{d} under lax.map": (functools.partial(jax.lax.map, qr), many),
+    }
+    print("| QR | compile s |\n| --- | --- |")
+    for name, (function, argument) in programs.items():
+        row = compile_program(jax.jit(function).lower(argument))
+        print(f"| {name} | {row.seconds:.0f} |", flush=True)
+
+
+# Command line -------------------------------------------------------------------------------------
+
+AXES = ("data", "fsdp")
+
+
+def mesh_of(pod: str) -> Mesh:
+    """All chips of a pod such as `v5e:16x16`, in two axes."""
+    topology = topologies.get_topology_desc(pod, "tpu")
+    count = len(topology.devices)
+    rows = 2 ** (int(math.log2(count)) // 2)
+    mesh = topologies.make_mesh(topology, (rows, count // rows), AXES)
+    return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def cells_of(row: Row) -> Iterable[str]:
+    exchanged = ", ".join(f"{count} {kind}" for kind, count in row.update.collectives.items())
+    yield from (row.pod, row.model, row.optimizer, f"{row.step.seconds:.0f}")
+    yield from (megabytes(row.parameters), megabytes(row.state), megabytes(row.even_share))
+    yield from (megabytes(row.step.temporaries), megabytes(row.update.temporaries))
+    yield megabytes(row.largest_stack) if row.largest_stack else "-"
+    yield from (exchanged, megabytes(row.update.received), str(row.update.inside))
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+HEADER = (
+    "pod",
+    "model",
+    "optimizer",
+    "compile s",
+    "parameters MB",
+    "state MB",
+    "even share MB",
+    "temporaries of step MB",
+    "of update MB",
+    "largest stack MB",
+    "collectives of update",
+    "received MB",
+    "inside",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--pods", nargs="+", default=["v5e:16x16", "v5p:8x8x8"])
+    parser.add_argument("--optimizers", nargs="+", default=["AdamW", "SOAP"])
+    parser.add_argument("--decompositions", action="store_true")
+    arguments = parser.parse_args()
+    print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
+    if arguments.decompositions:
+        compile_decompositions(batch=8, d=512)
+        return 0
+    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
+    for pod in arguments.pods:
+        mesh = mesh_of(pod)
+        for name in arguments.models:
+            stack_sharding = NamedSharding(mesh, P(AXES))
+            for label, optimizer in optimizers(MODELS[name], stack_sharding).items():
+                if label in arguments.optimizers:
+                    row = compile_step(pod, name, label, optimizer, mesh)
+                    print(f"| {' | '.join(cells_of(row))} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
