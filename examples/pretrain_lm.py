@@ -448,8 +448,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problem, code = f"error: {error}; try a lower --learning-rate", 1
         except KeyboardInterrupt:
             problem, code = "interrupted", 130
-        if leads:
-            code = code or int(bool(close(parser, settings, runs, problem)))
+        if leads and close(parser, settings, runs, problem):
+            code = code or 1
     return code
 
 

@@ -42,6 +42,34 @@ def test_a_scanned_stack_equals_its_layers_one_by_one_wherever_the_layer_axis_st
         np.testing.assert_array_equal(whole, jnp.stack(parts, axis))
 
 
+@pytest.mark.parametrize(
+    ("shape", "numbers", "copies"),
+    [
+        ((3, 6, 5), MuonDimensionNumbers(-2, -1), 0),  # Layers first.
+        ((2, 3, 6, 5), MuonDimensionNumbers(-2, -1), 0),  # Layers, then experts.
+        ((3, 6, 5, 2), MuonDimensionNumbers(1, (2, 3)), 0),  # Layers of d, heads, head_dim.
+        ((6, 3, 5), MuonDimensionNumbers(0, 2), 2),  # Layers in between: once in, once out.
+    ],
+)
+def test_a_scanned_stack_becomes_blocks_without_a_copy(shape, numbers, copies):
+    optimizer = scale_by_soap(dimension_numbers=numbers)
+    grads = jnp.ones(shape)
+    program = jax.make_jaxpr(optimizer.update)(grads, optimizer.init(grads))
+    assert sum(copies_all_of(grads.size, equation) for equation in program.eqns) == copies
+
+
+def copies_all_of(size: int, equation: Any) -> bool:
+    """Whether an operation moves all entries of a leaf, other than to view them in another shape."""
+    if equation.outvars[0].aval.size != size:
+        return False
+    name = equation.primitive.name
+    if name == "transpose":  # Of axes of length 1 it moves nothing.
+        order = equation.params["permutation"]
+        longer = [axis for axis in order if equation.invars[0].aval.shape[axis] > 1]
+        return longer != sorted(longer)
+    return name in ("concatenate", "gather", "slice", "dynamic_slice", "pad", "copy")
+
+
 def test_two_batch_axes_are_one_batch():
     grads = gradients((2, 3, 4, 5))
     flat = [grad.reshape(6, 4, 5) for grad in grads]

@@ -235,11 +235,15 @@ def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written
 ):
     arguments = ("--steps", STEPS, "--data", folder, "--out", tmp_path, "--checkpoint-every", "5")
     whole = start("--optimizer", "soap", *arguments)
-    assert whole.wait() == 0
+    whole.communicate()
+    assert whole.returncode == 0
     assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
     scalars = (tmp_path / "diagnostics.csv").read_text()
     (tmp_path / "checkpoints" / "soap" / str(STEPS)).rename(tmp_path / "lost")
-    assert start("--optimizer", "soap", *arguments, "--resume").wait() == 0
+    process = start("--optimizer", "soap", *arguments, "--resume")
+    stdout, _ = process.communicate()
+    assert process.returncode == 0
+    assert "SOAP: going on from the checkpoint of step 10" in stdout
     assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
     assert (tmp_path / "diagnostics.csv").read_text() == scalars
 

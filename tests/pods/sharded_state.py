@@ -8,6 +8,7 @@ writes, for each name in `CHECKS`, null or the traceback of its failure.
 import functools
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
@@ -394,6 +397,61 @@ def moments_of_another_optimizer_lie_as_their_parameters() -> None:
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), other)
     for sharding in jax.tree.leaves(soap_optax.state_shardings(abstract, stack_sharding, params)):
         assert sharding.spec == PartitionSpec()
+
+
+@check
+def an_exported_step_equals_the_jitted_one() -> None:
+    mesh = mesh_of("4x2", AUTO)
+    optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), block_size=4, **OPTIONS)
+    params = place(draw(), mesh)
+    state = optimizer.init(params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    step = jax.jit(make_step(optimizer), in_shardings=places, out_shardings=places)
+    for_all = export.export(step, platforms=["cpu", "cuda", "tpu"])(params, state)
+    assert for_all.nr_devices == 8
+    # XLA keeps the branches of other platforms inside `shard_map`, so that this one cannot be
+    # called; one for a single platform can.
+    called = jax.jit(export.export(step, platforms=["cpu"])(params, state).call)
+    one = other = (params, state)
+    for _ in range(4):
+        one, other = called(*one), step(*other)
+    assert_close(one[0], other[0])
+
+
+@check
+def a_checkpoint_is_restored_where_state_shardings_says() -> None:
+    mesh = mesh_of("8", AUTO)
+    pair = Mesh(mesh.devices[:2], ("x",))
+    wanted = single_device_run()[0]
+    params = place(draw(), mesh)
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), stack_multiple=8, **OPTIONS)
+        step, state = jax.jit(make_step(optimizer)), optimizer.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+        checkpointer.save(f"{folder}/3", (params, state))
+        checkpointer.wait_until_finished()
+
+        sharding = all_axes(pair)
+        optimizer = soap_optax.soap(0.1, stack_sharding=sharding, stack_multiple=8, **OPTIONS)
+        whole = NamedSharding(pair, PartitionSpec())
+        places = (
+            jax.tree.map(lambda _: whole, params),
+            soap_optax.state_shardings(jax.eval_shape(optimizer.init, draw()), sharding),
+        )
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            (params, state),
+            places,
+        )
+        params, state = checkpointer.restore(f"{folder}/3", target)
+    for leaf in jax.tree.leaves(state[0].stacks):
+        assert len(leaf.addressable_shards) == 2
+        assert {len(shard.data) for shard in leaf.addressable_shards} == {len(leaf) // 2}
+    step = jax.jit(make_step(optimizer), out_shardings=places)
+    for _ in range(STEPS - 3):
+        params, state = step(params, state)
+    assert_close(params, wanted)
 
 
 @check
