@@ -59,7 +59,7 @@ def test_a_scanned_stack_becomes_blocks_without_a_copy(shape, numbers, copies):
 
 
 def copies_all_of(size: int, equation: Any) -> bool:
-    """Whether an operation moves all entries of a leaf, other than to view them in another shape."""
+    """Whether an operation moves all entries of a leaf, and not only views them otherwise."""
     if equation.outvars[0].aval.size != size:
         return False
     name = equation.primitive.name

@@ -1,0 +1,101 @@
+"""Checks of what the compiled update exchanges among eight devices, run by `test_exchanges.py`.
+
+    python exchanges.py results.json
+
+writes, for each name in `CHECKS`, null or the traceback of its failure.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import eight
+
+if __name__ == "__main__":
+    eight.simulate_devices()
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from sharded_state import AUTO, EXPLICIT, MESHES, all_axes, mesh_of
+
+import soap_optax
+
+KINDS = [*((mesh, AUTO) for mesh in MESHES), ("4x2", EXPLICIT)]
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)"
+    r"(-start)?\("
+)
+SHAPE = re.compile(r"f64\[([\d,]+)\]")
+LEAVES = 5
+
+
+def program_of(
+    mesh: Mesh, spec: tuple[Any, ...], leaf: tuple[int, int], **options: Any
+) -> tuple[str, Any]:
+    """The compiled update of leaves that are split in one way, and the state."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    optimizer = soap_optax.scale_by_soap(
+        stack_sharding=all_axes(mesh), precondition_frequency=2, **options
+    )
+    grads = [jax.device_put(jnp.ones(leaf), sharding) for _ in range(LEAVES)]
+    state = optimizer.init(grads)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (grads, state))
+    program = jax.jit(optimizer.update, out_shardings=shardings).lower(grads, state).compile()
+    return program.as_text() or "", state
+
+
+def exchanges_once_each_way(
+    mesh_name: str, kind: AxisType, leaf: tuple[int, int], more: int = 0, **options: Any
+) -> None:
+    mesh = mesh_of(mesh_name, kind)
+    first, last, every = mesh.axis_names[0], mesh.axis_names[-1], mesh.axis_names
+    specs = [(None, None), (first, None), (None, first), (last, None), (every, None)]
+    if first != last:
+        specs += [(first, last), (last, first), (every[1:], None), (None, every[1:])]
+    for spec in specs:
+        text, state = program_of(mesh, spec, leaf, **options)
+        [stack] = state.stacks.values()
+        collectives = [line for line in text.splitlines() if COLLECTIVE.search(line)]
+        # One exchange takes at most one collective for each axis of the mesh.
+        assert 1 <= len(collectives) <= 2 * (len(every) + more), (spec, collectives)
+        # Nothing is gathered that is not needed: of all gradients or updates a device has at most
+        # what is its part of the leaves.
+        ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(spec))
+        for line in collectives:
+            match = COLLECTIVE.search(line)
+            assert match
+            shapes = [map(int, dims.split(",")) for dims in SHAPE.findall(match["result"])]
+            assert sum(map(math.prod, shapes)) <= stack.mu.size / ways, (
+                spec,
+                ways,
+                stack.mu.size,
+                line[:200],
+            )
+        for part in ("/refresh/", "/step/"):  # What a device does with its own blocks.
+            assert part in text
+            assert not [line for line in collectives if part in line], (spec, collectives)
+        # No device holds all factors or bases.
+        for factor in stack.factors:
+            blocks, d, _ = factor.shape
+            assert f"[{blocks},{d},{d}]" not in text
+            assert f"[{blocks // 8},{d},{d}]" in text
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    f"{mesh}_{kind.name.lower()}": functools.partial(exchanges_once_each_way, mesh, kind, (16, 24))
+    for mesh, kind in KINDS
+} | {
+    # Tiles take a second exchange each way, here over a mesh whose axes are cut into 2x2x2.
+    f"tiles_{mesh}_{kind.name.lower()}": functools.partial(
+        exchanges_once_each_way, mesh, kind, (16, 64), more=3, block_size=8
+    )
+    for mesh, kind in KINDS
+}
+
+
+if __name__ == "__main__":
+    eight.run_checks(CHECKS)
