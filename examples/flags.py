@@ -43,8 +43,7 @@ class Settings(argparse.Namespace):
         """The flags that must stay as they are where a run is resumed."""
         names = ("steps", "batch_size", "precondition_frequency", "max_precond_dim")
         names += ("layers", "width", "heads", "context", "seed")
-        flags: dict[str, float] = {name: getattr(self, name) for name in names}
-        return flags | {"stack_multiple": self.stack_multiple or math.prod(self.mesh)}
+        return {name: getattr(self, name) for name in names}
 
     @property
     def size(self) -> Size:

@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from itertools import islice
@@ -70,6 +71,7 @@ class Text(NamedTuple):
 
     training: np.ndarray
     held_out: np.ndarray
+    description: str
 
 
 # Optimizers ---------------------------------------------------------------------------------------
@@ -261,16 +263,33 @@ def describe_devices(placement: Placement) -> str:
 # Command line -------------------------------------------------------------------------------------
 
 
+def training_of(name: str, settings: Settings, text: Text) -> dict[str, float]:
+    """What a checkpoint of an optimizer must have been written with, to be gone on from."""
+    training = settings.training | {
+        "learning_rate": settings.learning_rate[settings.optimizer.index(name)],
+        "data": zlib.crc32(text.training.tobytes() + text.held_out.tobytes()),
+        "JAX_ENABLE_X64": float(jax.config.read("jax_enable_x64")),
+    }
+    if name == "soap":
+        training["stack_multiple"] = settings.stack_multiple or math.prod(settings.mesh)
+    return training
+
+
 def start_jax(parser: argparse.ArgumentParser, settings: Settings) -> Placement:
     """Joins the other processes, if there are any, and makes the mesh."""
     devices = math.prod(settings.mesh)
-    if settings.coordinator and settings.processes and settings.process is not None:
-        simulate_devices(devices // settings.processes)
-        join(Processes(settings.coordinator, settings.processes, settings.process))
-    elif settings.distributed:
-        join(None)
-    elif devices > 1:
-        simulate_devices(devices)
+    try:
+        if settings.coordinator and settings.processes and settings.process is not None:
+            simulate_devices(devices // settings.processes)
+            join(Processes(settings.coordinator, settings.processes, settings.process))
+        elif settings.distributed:
+            join(None)
+        elif devices > 1:
+            simulate_devices(devices)
+    except (RuntimeError, ValueError) as error:
+        flag = "--distributed" if settings.distributed else "--coordinator"
+        reason = str(error).strip().partition("\n")[0]
+        parser.error(f"argument {flag}: cannot join the other processes: {reason}")
     try:
         return Placement(make_mesh(settings.mesh))
     except ValueError as error:
@@ -278,7 +297,7 @@ def start_jax(parser: argparse.ArgumentParser, settings: Settings) -> Placement:
 
 
 def open_checkpoints(
-    parser: argparse.ArgumentParser, settings: Settings, stack: ExitStack
+    parser: argparse.ArgumentParser, settings: Settings, text: Text, stack: ExitStack
 ) -> dict[str, Checkpoints]:
     """Opens the checkpoints of each optimizer, and checks that they are wanted and fit."""
     if not (settings.checkpoint_every or settings.resume):
@@ -294,22 +313,24 @@ def open_checkpoints(
                 "go on from it with --resume, or name another folder"
             )
         if checkpoints.step:
-            check_same_training(parser, settings, name, checkpoints.run())
+            check_same_training(parser, checkpoints.run(), training_of(name, settings, text))
     return opened
 
 
 def check_same_training(
-    parser: argparse.ArgumentParser, settings: Settings, name: str, run: Run
+    parser: argparse.ArgumentParser, run: Run, training: dict[str, float]
 ) -> None:
     """Checks that a checkpoint is of the training that the flags describe."""
-    rate = settings.learning_rate[settings.optimizer.index(name)]
-    now, then = settings.training | {"learning_rate": rate}, run.training
-    for flag, value in now.items():
-        if then[flag] != value:
-            parser.error(
-                f"argument --resume: the checkpoint of {run.label} was written with "
-                f"--{flag.replace('_', '-')} {then[flag]}, not {value}"
-            )
+    for name, value in training.items():
+        then = run.training.get(name)
+        if then == value:
+            continue
+        written = f"--{name.replace('_', '-')} {then}, not {value}"
+        if name == "data":
+            written = "another text: give it the same --data (by default, the same Python)"
+        if name == "JAX_ENABLE_X64":
+            written = f"JAX_ENABLE_X64={then:g}, not {value:g}"
+        parser.error(f"argument --resume: the checkpoint of {run.label} was written with {written}")
 
 
 def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
@@ -329,8 +350,10 @@ def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
             f"argument --data: {source} has {len(text)} bytes in {len(files)} files; a tenth is "
             f"held out and must be longer than the context, {settings.context}"
         )
-    print(f"{source}: {len(files)} files, {len(text):,} bytes, the last {held_out:,} held out")
-    return Text(text[:-held_out], text[-held_out:])
+    description = (
+        f"{source}: {len(files)} files, {len(text):,} bytes, the last {held_out:,} held out"
+    )
+    return Text(text[:-held_out], text[-held_out:], description)
 
 
 def train_all(
@@ -357,7 +380,7 @@ def train_all(
     for name, rate in zip(settings.optimizer, settings.learning_rate, strict=True):
         saved = checkpoints.get(name)
         run = Run(name, OPTIMIZERS[name].label, rate)
-        run.training = settings.training | {"learning_rate": rate}
+        run.training = training_of(name, settings, text)
         if saved and saved.step:
             run = saved.run()
             print(f"{run.label}: going on from the checkpoint of step {saved.step}", flush=True)
@@ -436,10 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not leads:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            checkpoints = open_checkpoints(parser, settings, stack)
+            checkpoints = open_checkpoints(parser, settings, text, stack)
             metrics, states = map(stack.enter_context, open_results(settings.out))
         except OSError as error:
             parser.error(f"argument --out: cannot write to {error.filename}: {error.strerror}")
+        print(text.description)
         print(f"{describe(settings)}; on {describe_devices(placement)}", flush=True)
         problem, code = "", 0
         try:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from soap_optax.state import ScaleBySoapState
@@ -133,7 +133,8 @@ def check_stack_sharding(value: Any) -> None:
             "stack_sharding must be None or a NamedSharding of a Mesh, such as "
             f"NamedSharding(mesh, P('data')), got {value!r}"
         )
-    if len(value.spec) == 0 or value.spec[0] is None or any(value.spec[1:]):
+    leading, others = tuple(value.spec[:1]), value.spec[1:]
+    if leading in ((), (None,), (PartitionSpec.UNCONSTRAINED,)) or any(others):
         raise ValueError(
             "stack_sharding must divide the leading axis and no other, got "
             f"{value.spec}; name all mesh axes to divide by in one entry, as in "

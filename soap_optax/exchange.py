@@ -73,7 +73,7 @@ def _axis_in_between(group: Group, sharding: NamedSharding) -> int | None:
     """
     shards = math.prod(placement.parts_of(sharding))
     even = [axis for axis, length in enumerate(group.block) if length % shards == 0]
-    return even[0] - len(group.block) if group.is_cut and even else None
+    return even[0] - len(group.block) if group.is_cut and even and shards > 1 else None
 
 
 def _tiles_along_axes(group: Group) -> set[int]:

@@ -27,9 +27,12 @@ def with_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(numbers: Any, *arguments: Any) -> Any:
         shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, arguments)
-        axes = {axis for s in jax.tree.leaves(shardings) for axis in s.mesh.explicit_axes}
-        if not axes:
+        meshes = [s.mesh for s in jax.tree.leaves(shardings) if s.mesh.explicit_axes]
+        if not meshes:
             return function(numbers, *arguments)
+        axes = meshes[0].explicit_axes
+        whole = NamedSharding(meshes[0], PartitionSpec())  # As what lies on no mesh is to be.
+        shardings = jax.tree.map(lambda s: whole if s.mesh.empty else s, shardings)
         on_automatic = jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=shardings)
         return on_automatic(numbers, *arguments)
 
@@ -37,11 +40,12 @@ def with_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_automatic_axes(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding on a mesh whose axes are all automatic."""
+    """The same division of a leading axis on a mesh whose axes are all automatic."""
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     axis_types = (AxisType.Auto,) * len(mesh.axis_names)
-    return NamedSharding(Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types), sharding.spec)
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+    return NamedSharding(automatic, PartitionSpec(sharding.spec[0]))
 
 
 def divide(array: Array, sharding: NamedSharding | None) -> Array:
@@ -154,18 +158,16 @@ def refine(sharding: NamedSharding, counts: Collection[int]) -> NamedSharding:
         before *= length
     if len(set(itertools.chain(*factors))) > 1:
         factors = [_factors(length, range(2, length)) for length in parts_of(sharding)]
-    named = [
-        (f"{axis}_{number}", factor)
-        for axis, parts in zip(axes_of(sharding), factors, strict=True)
-        for number, factor in enumerate(parts)
-    ]
-    others = [axis for axis in mesh.axis_names if axis not in axes_of(sharding)]
-    order = [mesh.axis_names.index(axis) for axis in (*axes_of(sharding), *others)]
-    shape = [*(factor for _, factor in named), *(mesh.shape[axis] for axis in others)]
-    names = [*(name for name, _ in named), *others]
-    devices = mesh.devices.transpose(order).reshape(shape)
-    finer = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-    return NamedSharding(finer, PartitionSpec(tuple(name for name, _ in named)))
+    lengths, names, names_of = [], [], {}
+    divided = dict(zip(axes_of(sharding), factors, strict=True))
+    for axis, length in mesh.shape.items():
+        parts = divided.get(axis, [length])
+        names_of[axis] = [f"{axis}_{number}" for number in range(len(parts))]
+        lengths += parts
+        names += names_of[axis]
+    finer = Mesh(mesh.devices.reshape(lengths), names, axis_types=(AxisType.Auto,) * len(names))
+    leading = itertools.chain(*(names_of[axis] for axis in axes_of(sharding)))
+    return NamedSharding(finer, PartitionSpec(tuple(leading)))
 
 
 def _factors(length: int, divisors: Iterable[int]) -> list[int]:

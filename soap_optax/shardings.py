@@ -40,6 +40,7 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
       The same tree with a `NamedSharding` in place of every leaf.
     """
     mesh = stack_sharding.mesh
+    stack_sharding = NamedSharding(mesh, PartitionSpec(stack_sharding.spec[0]))
 
     def divided(leaf: Any) -> NamedSharding:
         return _as_a_program_spells_it(stack_sharding, leaf)
@@ -47,14 +48,14 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
     def whole(leaf: Any) -> NamedSharding:
         return _as_a_program_spells_it(NamedSharding(mesh, PartitionSpec()), leaf)
 
-    places = {path: leaf for path, leaf in tree_leaves_with_path(params) if _lies_on(mesh, leaf)}
+    known_params = dict(tree_leaves_with_path(params))
 
     def of_another(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         endings = [path[start:] for start in range(len(path) + 1)]
-        mirrored = [places[end] for end in endings if end in places]
+        mirrored = [known_params[end] for end in endings if end in known_params]
         alike = [param for param in mirrored if param.shape == leaf.shape]
-        given = [known.sharding for known in [leaf, *alike] if _lies_on(mesh, known)]
-        return given[0] if given else whole(leaf)
+        specs = [known.sharding.spec for known in [leaf, *alike] if _lies_on(mesh, known)]
+        return NamedSharding(mesh, specs[0]) if specs else whole(leaf)
 
     def of_ravelled(ravelled: RavelledState) -> RavelledState:
         moments = {"mu": divided(ravelled.mu), "nu": divided(ravelled.nu)}
@@ -91,12 +92,16 @@ def place_state(
     if stack_sharding is None:
         return make()
     shardings = state_shardings(jax.eval_shape(make), stack_sharding)
-    return jax.jit(make, out_shardings=shardings)()
+    state = jax.jit(make, out_shardings=shardings)()
+    if stack_sharding.mesh.explicit_axes:  # There `out_shardings` counts for nothing inside `jit`.
+        state = jax.tree.map(jax.sharding.reshard, state, shardings)
+    return state
 
 
 def _lies_on(mesh: Any, leaf: Any) -> bool:
+    """Whether a leaf says where it lies on this mesh, or on one that stands for it."""
     sharding = getattr(leaf, "sharding", None)
-    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+    return isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape
 
 
 def _is_soap(node: Any) -> bool:

@@ -8,7 +8,7 @@ writes, for each name in `CHECKS`, null or the traceback of its failure.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import eight
@@ -85,7 +85,7 @@ def exchanges_once_each_way(
             assert f"[{blocks // 8},{d},{d}]" in text
 
 
-CHECKS: dict[str, Callable[[], None]] = {
+CHECKS: Mapping[str, Callable[[], None]] = {
     f"{mesh}_{kind.name.lower()}": functools.partial(exchanges_once_each_way, mesh, kind, (16, 24))
     for mesh, kind in KINDS
 } | {

@@ -282,7 +282,12 @@ def shardings_of_a_chain_serve_jit_on_both_sides() -> None:
         assert jax.tree.structure(shardings) == jax.tree.structure(state)
         assert shardings[0].trace["by rows"][0] == params["by rows"][0].sharding
         abstract = jax.eval_shape(optimizer.init, params)
-        assert soap_optax.state_shardings(abstract, stack_sharding)[1] == shardings[1]
+        found: Any = soap_optax.state_shardings(abstract, stack_sharding, params)
+        assert found[1] == shardings[1]
+        assert found[0].trace["by rows"][0] == params["by rows"][0].sharding
+        if kind == EXPLICIT:  # There the shapes say where the momentum lies.
+            found = soap_optax.state_shardings(abstract, stack_sharding)
+            assert found[0].trace["by rows"][0] == params["by rows"][0].sharding
         of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
         step = jax.jit(
             make_step(optimizer),
@@ -375,6 +380,56 @@ def a_checkpoint_is_restored_where_state_shardings_says() -> None:
     for _ in range(STEPS - 3):
         params, state = step(params, state)
     assert_close(params, wanted)
+
+
+@check
+def a_state_made_inside_jit_lies_where_one_made_outside_does() -> None:
+    for kind in (AUTO, EXPLICIT):
+        mesh = mesh_of("4x2", kind)
+        params = place(draw(), mesh)
+        optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS)
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, optimizer.init(params))
+        with jax.set_mesh(mesh):
+            state = jax.jit(lambda params, init=optimizer.init: init(params))(params)
+        of_stacks = jax.tree.map(lambda leaf: leaf.sharding, state[0].stacks)
+        assert of_stacks == wanted[0].stacks
+
+
+@check
+def any_mesh_takes_tiles_and_whole_matrices() -> None:
+    devices = np.asarray(jax.devices())
+    cases = [
+        (devices.reshape(2, 4), ("tensor", "data"), PartitionSpec("data")),
+        (devices.reshape(2, 4), ("data", "fsdp"), PartitionSpec(("fsdp", "data"))),
+        (devices.reshape(2, 2, 2), ("data", "tensor", "fsdp"), PartitionSpec(("data", "fsdp"))),
+        (devices.reshape(1, 8), ("data", "fsdp"), PartitionSpec("data")),
+        (devices.reshape(1, 8), ("data", "fsdp"), PartitionSpec(("data", "fsdp"), None)),
+        (devices[:6].reshape(2, 3), ("data", "fsdp"), PartitionSpec(("data", "fsdp"))),
+        (devices[:1].reshape(1, 1), ("data", "fsdp"), PartitionSpec(("data", "fsdp"))),
+    ]
+    rng = np.random.default_rng(4)
+    grads = [[rng.normal(size=(12, 24)) for _ in range(3)] for _ in range(3)]
+    for array, names, spec in cases:
+        mesh = Mesh(array, names, axis_types=(AUTO,) * len(names))
+        split = NamedSharding(mesh, PartitionSpec(names[0], names[-1]))
+        for block_size in (None, 6):
+            options = {"block_size": block_size, **OPTIONS, "max_precond_dim": 24}
+            divided = soap_optax.scale_by_soap(stack_sharding=NamedSharding(mesh, spec), **options)
+            alone = soap_optax.scale_by_soap(**options)
+            state, wanted_state = divided.init(grads[0]), alone.init(grads[0])
+            update, update_alone = jax.jit(divided.update), jax.jit(alone.update)
+            for grad in grads:
+                updates, state = update(jax.device_put(grad, split), state)
+                wanted, wanted_state = update_alone(grad, wanted_state)
+                assert_close(updates, wanted)
+
+
+@check
+def parameters_that_lie_on_no_mesh_join_an_explicit_one() -> None:
+    mesh = mesh_of("4x2", EXPLICIT)
+    optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS)
+    params, _, _ = train(optimizer, jax.tree.map(jnp.asarray, draw()))
+    assert_close(params, single_device_run()[0])
 
 
 @check
