@@ -158,7 +158,11 @@ def test_value_of_the_wrong_type_is_refused_when_built_with_the_rule_and_the_way
     assert_message(caught.value, argument, value, rule, way_out)
 
 
-@pytest.mark.parametrize("spec", [(), (None,), (None, "data"), ("data", "model")], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [(), (None,), (None, "data"), ("data", "model"), (PartitionSpec.UNCONSTRAINED,)],
+    ids=str,
+)
 def test_sharding_of_anything_but_the_leading_axis_is_refused(spec: tuple[Any, ...]) -> None:
     mesh = jax.make_mesh((1, 1), ("data", "model"))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))

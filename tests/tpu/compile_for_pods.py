@@ -86,16 +86,17 @@ def shapes_of(model: Model) -> dict[str, Any]:
     )
 
 
-def specs_of(params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters split along their longest axis: over all chips, or else over one axis of them."""
+def specs_of(params: Any, mesh: Mesh) -> Any:
+    """Matrices split over all chips: along their longest axis, or else along both of them."""
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
-        last_two = leaf.shape[-2:]
+        batch, last_two = leaf.shape[:-2], leaf.shape[-2:]
         if len(leaf.shape) == 2 and leaf.shape[0] < 100:
             return P()  # Norms.
-        axis = len(leaf.shape) - 2 + (last_two[1] > last_two[0])
-        axes = "fsdp" if leaf.shape[axis] % mesh.size else ("data", "fsdp")
-        return P(*[None] * axis, axes)
+        longest = int(last_two[1] > last_two[0])
+        if last_two[longest] % mesh.size:
+            return P(*[None] * len(batch), *mesh.axis_names)
+        return P(*[None] * (len(batch) + longest), mesh.axis_names)
 
     return jax.tree.map(spec, params)
 
