@@ -21,7 +21,7 @@ STEPS = 12
 TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--batch-size", "4"]
 
 # Each test starts interpreters that import JAX and compile; together they take about a minute.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("example")]
+pytestmark = pytest.mark.timeout(300)
 
 
 def start(*arguments: object, **options) -> subprocess.Popen[str]:

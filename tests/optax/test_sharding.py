@@ -4,8 +4,6 @@ import eight
 import eight_devices
 import pytest
 
-pytestmark = pytest.mark.xdist_group("eight_devices")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> eight.Results:

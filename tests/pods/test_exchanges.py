@@ -4,8 +4,6 @@ import eight
 import exchanges
 import pytest
 
-pytestmark = pytest.mark.xdist_group("exchanges")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> eight.Results:

@@ -4,9 +4,6 @@ import eight
 import pytest
 import sharded_state
 
-# One worker runs them all: the fixture takes minutes.
-pytestmark = pytest.mark.xdist_group("sharded_state")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> eight.Results:

@@ -28,10 +28,7 @@ JOB = ["--optimizer", "soap", *TINY, "--steps", str(STEPS), "--mesh", "data=2,fs
 # of a difference grows; a batch that reaches the wrong device moves the losses by 1e-2.
 TOLERANCE = 1e-7
 
-pytestmark = [
-    pytest.mark.timeout(LIMIT_IN_SECONDS + 60),
-    pytest.mark.xdist_group("processes"),
-]
+pytestmark = pytest.mark.timeout(LIMIT_IN_SECONDS + 60)
 
 
 def start(count: int, out: Path, compiled: Path, *flags: str) -> list[subprocess.Popen[str]]:
