@@ -5,22 +5,26 @@ once on their way in, updates once on their way out, for each kind of block.
 
 Tiles take a second exchange each way. A leaf that is split over a mesh along an axis that is cut
 into tiles has whole tiles on every device, or a part of one, but not those that the stack wants
-there. So tiles are first divided among all devices along one of their own axes, those of equal
-leaves together, and then exchanged like leaves that are split along this axis.
+there. So all tiles are first cut into equal parts, one for each device, those of equal leaves
+together, and then exchanged like leaves that are split in this way.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from soap_optax import layout, placement
 from soap_optax.planning import Group, Plan, Region
+from soap_optax.views import Shape
 
 
 def bring_in(
@@ -30,14 +34,17 @@ def bring_in(
     if sharding is None:
         [stack] = layout.gather(leaves, plan, group)
         return stack
-    axis = _axis_in_between(group, sharding)
-    if axis is None:
+    parts = _parts_of_tiles(group, sharding)
+    if parts is None:
         [stack] = layout.gather(leaves, plan, group)
         return placement.divide(placement.divide_axis(stack, 0, sharding), sharding)
-    finer = placement.refine(sharding, _tiles_along_axes(group))
-    divide = partial(placement.divide_axis, axis=axis, sharding=finer, may_be_split=True)
+
+    def divide(tiles: Array) -> Array:
+        return placement.divide_axis(parts.cut(tiles), parts.axis, parts.mesh, may_be_split=True)
+
     [stack] = layout.gather(leaves, plan, group, partial(_on_equal_shapes, divide))
-    return placement.divide(placement.divide_first_instead_of(axis, stack, sharding), sharding)
+    stack = placement.divide_first_instead_of(parts.axis, stack, sharding)
+    return placement.divide(parts.join(stack), sharding)
 
 
 def take_out(
@@ -53,31 +60,99 @@ def take_out(
     """
     if sharding is None:
         return layout.split([stack], group, starts)
-    axis = _axis_in_between(group, sharding)
-    if axis is None:
+    parts = _parts_of_tiles(group, sharding)
+    if parts is None:
         return layout.split([placement.join_axis(stack, 0, sharding)], group, starts)
-    stack = placement.divide_instead_of_first(axis, stack, sharding)
-    tiles = {
-        region: blocks.reshape(region.tiles + region.tile)
-        for region, blocks in layout.split([stack], group, starts).items()
-    }
-    finer = placement.refine(sharding, _tiles_along_axes(group))
-    join = partial(placement.join_axis, axis=axis, sharding=finer, may_be_split=True)
+
+    def join(tiles: Array) -> Array:
+        return parts.join(placement.join_axis(tiles, parts.axis, parts.mesh, may_be_split=True))
+
+    stack = placement.divide_instead_of_first(parts.axis, parts.cut(stack), sharding)
+    tiles = {}
+    for region, blocks in layout.split([stack], group, starts).items():
+        batch = region.tile[: len(region.tile) - len(region.block)]
+        tiles[region] = blocks.reshape(*region.tiles, *batch, *blocks.shape[1:])
     return _on_equal_shapes(join, tiles)
 
 
-def _axis_in_between(group: Group, sharding: NamedSharding) -> int | None:
-    """The axis, from the end, along which tiles are divided on their way; None for whole leaves.
+@dataclass(frozen=True)
+class Parts:
+    """How a tile is cut into as many parts as there are shards.
 
-    It is also None where no axis of a tile divides evenly.
+    Attributes:
+      block: the shape of a tile.
+      lengths: of each axis of the mesh that divides stacks.
+      axes: the axis of the tile that is cut into so many parts, for each of them.
+      mesh: divides an axis of parts among all devices, over more and shorter axes of the mesh.
     """
-    shards = math.prod(placement.parts_of(sharding))
-    even = [axis for axis, length in enumerate(group.block) if length % shards == 0]
-    return even[0] - len(group.block) if group.is_cut and even and shards > 1 else None
+
+    block: Shape
+    lengths: tuple[int, ...]
+    axes: tuple[int, ...]
+    mesh: NamedSharding
+
+    @property
+    def axis(self) -> int:
+        """The axis of parts, from the end: it comes before those of a block."""
+        return -1 - len(self.block)
+
+    def cut(self, array: Array) -> Array:
+        """Views `(..., *block)` as `(..., parts, *part)`."""
+        batch = array.shape[: array.ndim - len(self.block)]
+        split = array.reshape(*batch, *itertools.chain(*self._shapes))
+        order = [*range(len(batch)), *(len(batch) + place for place in self._order)]
+        return split.transpose(order).reshape(*batch, -1, *self._part)
+
+    def join(self, array: Array) -> Array:
+        """Undoes `cut`."""
+        batch = array.shape[: array.ndim - len(self.block) - 1]
+        split = array.reshape(*batch, *self.lengths, *self._part)
+        order = [*range(len(batch)), *(len(batch) + place for place in np.argsort(self._order))]
+        return split.transpose(order).reshape(*batch, *self.block)
+
+    @property
+    def _part(self) -> list[int]:
+        return [shape[-1] for shape in self._shapes]
+
+    @property
+    def _shapes(self) -> list[list[int]]:
+        """For each axis of a tile, the numbers of its parts and the length of one."""
+        shapes = []
+        for axis, length in enumerate(self.block):
+            counts = [n for n, cut in zip(self.lengths, self.axes, strict=True) if cut == axis]
+            shapes.append([*counts, length // math.prod(counts)])
+        return shapes
+
+    @property
+    def _order(self) -> list[int]:
+        """Where the parts, by axis of the mesh, and then the rests are in `_shapes`."""
+        owners = [
+            [*(number for number, cut in enumerate(self.axes) if cut == axis), None]
+            for axis in range(len(self.block))
+        ]
+        places = list(enumerate(itertools.chain(*owners)))
+        parts = sorted((owner, place) for place, owner in places if owner is not None)
+        return [place for _, place in parts] + [place for place, owner in places if owner is None]
 
 
-def _tiles_along_axes(group: Group) -> set[int]:
-    return {count for region in group.regions for count in region.tiles if count > 1}
+def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
+    """How tiles are cut on their way; None for whole leaves.
+
+    It is also None where the axes of a tile cannot be cut into equal parts.
+    """
+    lengths = placement.parts_of(sharding)
+    if not group.is_cut or math.prod(lengths) == 1:
+        return None
+    left, axes = list(group.block), []
+    for length in lengths:
+        even = [axis for axis, rest in enumerate(left) if rest % length == 0]
+        if not even:
+            return None
+        left[even[0]] //= length
+        axes.append(even[0])
+    counts = {count for region in group.regions for count in region.tiles if count > 1}
+    mesh = placement.refine(sharding, counts)
+    return Parts(group.block, tuple(lengths), tuple(axes), mesh)
 
 
 def _on_equal_shapes(

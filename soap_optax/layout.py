@@ -28,7 +28,8 @@ def gather(
       leaves: all leaves of the tree.
       plan: the plan of the tree.
       group: the group whose blocks are read.
-      place: what says where the tiles of each region, `(*tiles, *tile)`, lie on a mesh.
+      place: what says where the tiles of each region, `(*tiles, *tile)`, lie on a mesh. It may view
+        the axes of a block in another shape.
     """
     tiles = place(
         {
@@ -36,17 +37,13 @@ def gather(
             for region in group.regions
         }
     )
-    pads_blocks = bool(group.axes) and group.padding > 0
-    return [
-        jnp.concatenate(
-            [
-                *(tiles[region].reshape(-1, *region.block) for region in run),
-                *([jnp.zeros((group.padding, *group.block))] if pads_blocks else []),
-            ],
-            dtype=group.dtype,
-        )
-        for run in group.runs
-    ]
+    runs = []
+    for run in group.runs:
+        blocks = [_to_blocks(tiles[region], region) for region in run]
+        if group.axes and group.padding:
+            blocks.append(jnp.zeros((group.padding, *blocks[0].shape[1:])))
+        runs.append(jnp.concatenate(blocks, dtype=group.dtype))
+    return runs
 
 
 def split(
@@ -125,6 +122,11 @@ def _to_tiles(view: Array, region: Region) -> Array:
         list(itertools.chain(*zip(region.tiles, region.tile, strict=True)))
     )
     return tiled.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
+
+
+def _to_blocks(tiles: Array, region: Region) -> Array:
+    ndim_before = 2 * len(region.tile) - len(region.block)  # Numbers of tiles, and batch axes.
+    return tiles.reshape(-1, *tiles.shape[ndim_before:])
 
 
 def _from_blocks(blocks: Array, region: Region) -> Array:

@@ -85,16 +85,27 @@ def exchanges_once_each_way(
             assert f"[{blocks // 8},{d},{d}]" in text
 
 
-CHECKS: Mapping[str, Callable[[], None]] = {
-    f"{mesh}_{kind.name.lower()}": functools.partial(exchanges_once_each_way, mesh, kind, (16, 24))
-    for mesh, kind in KINDS
-} | {
-    # Tiles take a second exchange each way, here over a mesh whose axes are cut into 2x2x2.
-    f"tiles_{mesh}_{kind.name.lower()}": functools.partial(
-        exchanges_once_each_way, mesh, kind, (16, 64), more=3, block_size=8
-    )
-    for mesh, kind in KINDS
-}
+CHECKS: Mapping[str, Callable[[], None]] = (
+    {
+        f"{mesh}_{kind.name.lower()}": functools.partial(
+            exchanges_once_each_way, mesh, kind, (16, 24)
+        )
+        for mesh, kind in KINDS
+    }
+    | {
+        # Tiles take a second exchange each way, here over a mesh whose axes are cut into 2x2x2.
+        f"tiles_{mesh}_{kind.name.lower()}": functools.partial(
+            exchanges_once_each_way, mesh, kind, (16, 64), more=3, block_size=8
+        )
+        for mesh, kind in KINDS
+    }
+    | {
+        # No side of these tiles is a multiple of 8: one is cut into four parts, the other into two.
+        "tiles_cut_along_both_axes": functools.partial(
+            exchanges_once_each_way, "4x2", AUTO, (24, 48), more=3, block_size=12
+        )
+    }
+)
 
 
 if __name__ == "__main__":
