@@ -250,6 +250,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written
     for flags, message in {
         (): r"checkpoints/soap holds a checkpoint of step 12; go on from it with --resume",
         ("--resume", "--seed", "1"): r"the checkpoint of SOAP was written with --seed 0, not 1",
+        ("--resume", "--data", folder / "b.txt"): r"written with another text: .* --data",
     }.items():
         process = start("--optimizer", "soap", *arguments, *flags)
         _, stderr = process.communicate()
@@ -329,6 +330,16 @@ def test_a_mistake_in_the_shell_ends_with_code_2_and_no_traceback(tmp_path: Path
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (2, "")
     assert re.fullmatch(r"pretrain_lm\.py: error: argument --width: .*\n", stderr)
+
+
+def test_processes_that_cannot_be_joined_get_one_line(folder: Path, tmp_path: Path):
+    process = start("--distributed", "--data", folder, "--out", tmp_path / "out")
+    _, stderr = process.communicate()
+    assert process.returncode == 2
+    message = (
+        r"pretrain_lm\.py: error: argument --distributed: cannot join the other processes: .+\n"
+    )
+    assert re.fullmatch(message, stderr)
 
 
 def test_the_standard_library_is_read_in_a_fixed_order_without_installed_packages(
