@@ -4,6 +4,8 @@ import eight
 import eight_devices
 import pytest
 
+pytestmark = pytest.mark.timeout(eight.LIMIT_IN_SECONDS + 60)
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> eight.Results:
