@@ -164,7 +164,7 @@ def test_value_of_the_wrong_type_is_refused_when_built_with_the_rule_and_the_way
     ids=str,
 )
 def test_sharding_of_anything_but_the_leading_axis_is_refused(spec: tuple[Any, ...]) -> None:
-    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     rule = r"stack_sharding must divide the leading axis and no other, got .*\('data', 'fsdp'\)"
     with pytest.raises(ValueError, match=rule):
