@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from soap_optax.state import RavelledState, ScaleBySoapState
@@ -20,7 +20,7 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
-      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> sharding = NamedSharding(mesh, PartitionSpec("data"))
       >>> optimizer = soap_optax.soap(3e-3, stack_sharding=sharding)
@@ -99,9 +99,12 @@ def place_state(
 
 
 def _lies_on(mesh: Any, leaf: Any) -> bool:
-    """Whether a leaf says where it lies on this mesh, or on one that stands for it."""
+    """Whether a leaf says where it lies on this mesh, or on an abstract one that stands for it."""
     sharding = getattr(leaf, "sharding", None)
-    return isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape != mesh.shape:
+        return False
+    # Of automatic axes an abstract leaf knows nothing.
+    return isinstance(sharding.mesh, Mesh) or bool(sharding.mesh.explicit_axes)
 
 
 def _is_soap(node: Any) -> bool:

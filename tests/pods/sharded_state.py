@@ -285,7 +285,8 @@ def shardings_of_a_chain_serve_jit_on_both_sides() -> None:
         found: Any = soap_optax.state_shardings(abstract, stack_sharding, params)
         assert found[1] == shardings[1]
         assert found[0].trace["by rows"][0] == params["by rows"][0].sharding
-        if kind == EXPLICIT:  # There the shapes say where the momentum lies.
+        # With JAX 0.8 and 0.10, shapes say where the momentum lies if axes are explicit.
+        if kind == EXPLICIT and abstract[0].trace["by rows"][0].sharding is not None:
             found = soap_optax.state_shardings(abstract, stack_sharding)
             assert found[0].trace["by rows"][0] == params["by rows"][0].sharding
         of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
