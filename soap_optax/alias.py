@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
+from soap_optax.basis import Order
+from soap_optax.refreshes import Method
 from soap_optax.transform import Frequency, scale_by_soap
 
 STATIC_ARGS = (
@@ -22,6 +25,14 @@ STATIC_ARGS = (
     "dimension_numbers",
     "stack_sharding",
     "stack_multiple",
+    "refresh",
+    "refresh_order",
+    "stagger",
+    "one_sided",
+    "factored",
+    "preconditioner_dtype",
+    "fold_factors",
+    "precision",
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
 
@@ -49,6 +60,15 @@ def soap(
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
+    refresh: Method = "qr",
+    refresh_tolerance: ArrayLike | None = None,
+    refresh_order: Order = "before_gradient",
+    stagger: bool = False,
+    one_sided: bool = False,
+    factored: bool = False,
+    preconditioner_dtype: DTypeLike | None = None,
+    fold_factors: bool = False,
+    precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP with decoupled weight decay: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -95,6 +115,15 @@ def soap(
       dimension_numbers: see `scale_by_soap`.
       stack_sharding: see `scale_by_soap`.
       stack_multiple: see `scale_by_soap`.
+      refresh: see `scale_by_soap`.
+      refresh_tolerance: see `scale_by_soap`.
+      refresh_order: see `scale_by_soap`.
+      stagger: see `scale_by_soap`.
+      one_sided: see `scale_by_soap`.
+      factored: see `scale_by_soap`.
+      preconditioner_dtype: see `scale_by_soap`.
+      fold_factors: see `scale_by_soap`.
+      precision: see `scale_by_soap`.
 
     Returns:
       The transformation; its `update` needs the parameters, for the weight decay.
@@ -126,6 +155,15 @@ def soap(
             dimension_numbers=dimension_numbers,
             stack_sharding=stack_sharding,
             stack_multiple=stack_multiple,
+            refresh=refresh,
+            refresh_tolerance=refresh_tolerance,
+            refresh_order=refresh_order,
+            stagger=stagger,
+            one_sided=one_sided,
+            factored=factored,
+            preconditioner_dtype=preconditioner_dtype,
+            fold_factors=fold_factors,
+            precision=precision,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

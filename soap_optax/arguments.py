@@ -160,7 +160,45 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}{_STATIC_HINT}")
 
 
-def check_mu_dtype(value: DTypeLike | None) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{_STATIC_HINT}"
+        )
+
+
+def check_tolerance(value: Any, method: str) -> None:
+    """Raises unless `value` is None or a part of a whole, and the method measures it."""
+    if value is None:
+        return
+    number = _number(value, "refresh_tolerance must be None or a number in [0, 1]")
+    if not _is_traced(number) and not 0 <= number <= 1:
+        raise ValueError(
+            f"refresh_tolerance must be in [0, 1], got {value}; it is a part of the factors' norm, "
+            "0.02 skips what a refresh would hardly change, and None skips nothing"
+        )
+    if method == "partial":
+        raise ValueError(
+            "refresh_tolerance must be None where refresh is 'partial', got "
+            f"{value}: to measure the off-diagonal mass costs more than such a refresh"
+        )
+
+
+def check_precision(value: Any) -> None:
+    """Raises unless `value` is a precision of a product of two arrays."""
+    try:
+        jax.lax.Precision(value) if isinstance(value, str) else jax.eval_shape(
+            lambda x: jnp.matmul(x, x, precision=value), jnp.ones((1, 1))
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "precision must be None or one that jax.lax.dot takes, such as 'highest' or "
+            f"jax.lax.Precision.HIGH, got {value!r}"
+        ) from error
+
+
+def check_dtype(name: str, value: DTypeLike | None) -> None:
     """Raises unless `value` is None or a floating dtype with at least the range of float32."""
     if value is None:
         return
@@ -168,15 +206,15 @@ def check_mu_dtype(value: DTypeLike | None) -> None:
         dtype = jnp.dtype(value)
     except TypeError as error:
         raise TypeError(
-            f"mu_dtype must be None or a floating dtype such as jnp.bfloat16, got {value!r}"
+            f"{name} must be None or a floating dtype such as jnp.bfloat16, got {value!r}"
         ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"mu_dtype must be None or a floating dtype such as jnp.bfloat16, got {dtype.name}"
+            f"{name} must be None or a floating dtype such as jnp.bfloat16, got {dtype.name}"
         )
     if jnp.finfo(dtype).maxexp < jnp.finfo(np.float32).maxexp:
         raise ValueError(
-            f"mu_dtype must be as wide in range as float32, got {dtype.name}, in which an ordinary "
+            f"{name} must be as wide in range as float32, got {dtype.name}, in which an ordinary "
             "gradient may become an infinity; jnp.bfloat16 has that range in 16 bits"
         )
 
@@ -212,8 +250,9 @@ def checked_state(state: Any, expected: Any) -> ScaleBySoapState:
                 f"the state does not belong to these gradients: {path} has shape "
                 f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
                 "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
-                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
-                "changed after init, so call init again or restore the options"
+                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple, "
+                "one_sided, factored, fold_factors changed after init, so call init again or "
+                "restore the options"
             )
     return state
 

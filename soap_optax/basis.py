@@ -1,140 +1,190 @@
-"""Eigenbases of one block: the first one, its refresh, and the guard that may refuse either.
+"""Eigenbases of one block: the first ones, their refresh, and the guard that may refuse either.
 
-Every function takes one block; `soap_optax.execution` decides when they run. All products state the
-highest precision: a TF32 product has been measured to turn an eigenvalue of 0.1 into -6.
+Every function takes one block; `soap_optax.execution` decides when they run, and
+`soap_optax.refreshes` has the methods.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.custom_batching import sequential_vmap
+from jax import Array, lax
 from jax.lax import Precision
 
+from soap_optax import matrices, refreshes, second_moment
 from soap_optax.block import multiply_along
+from soap_optax.matrices import times
+from soap_optax.refreshes import Method, Turned
+from soap_optax.second_moment import SecondMoment
 from soap_optax.state import Eigenframe
 
-
-def first_bases(factors: Sequence[Array]) -> tuple[Array, ...]:
-    """The exact eigenvectors of a block's factors, `(d, d)` each: its first bases."""
-    return tuple(descending_eigenvectors(factor) for factor in factors)
+Order = Literal["before_gradient", "after_gradient"]
 
 
-def iterate_bases(
-    factors: Sequence[Array], bases: Sequence[Array], nu: Array, axes: Sequence[int]
-) -> tuple[tuple[Array, ...], Array]:
-    """Takes the eigenbases one step of orthogonal iteration toward the factors' eigenvectors.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RefreshRule:
+    """How and when bases are refreshed.
 
-    The columns are first sorted by their Rayleigh quotients, in descending order: a QR
-    decomposition orthogonalises each column against those before it, so that an ascending order
-    would move away from the eigenbasis. The second moment belongs to columns and is permuted along
-    with them.
-
-    Args:
-      factors: the Kronecker factors as of the last accepted gradient, `(d, d)` each.
-      bases: the bases as of the last refresh, `(d, d)` each.
-      nu: the second moment in the coordinates of `bases`, `(*block)`.
-      axes: the preconditioned axes of the block, ascending.
-
-    Returns:
-      The new bases, and the second moment in their coordinates.
-
-    References:
-      Vyas et al. (2024), Algorithm 4 of arXiv:2409.11321.
+    Attributes:
+      frequency: updates from one refresh of a block to the next, a scalar.
+      tolerance: the off-diagonal mass up to which a block keeps its bases, a scalar; None where
+        every block that is due is refreshed.
+      method: how.
+      order: whether a refresh comes before or after the factors take in the step's gradient.
+      stagger: whether the blocks take turns.
     """
-    new_bases = []
-    for factor, basis, axis in zip(factors, bases, axes, strict=True):
-        product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
-        order = jnp.argsort(rayleigh_quotients(product, basis), descending=True)
-        nu = jnp.take(nu, order, axis=axis)
-        new_bases.append(orthonormal_factor(product[:, order]))
-    return tuple(new_bases), nu
+
+    frequency: Array
+    tolerance: Array | None
+    method: Method = field(metadata={"static": True})
+    order: Order = field(metadata={"static": True})
+    stagger: bool = field(metadata={"static": True})
 
 
-def adopt(
+class Moved(NamedTuple):
+    """Bases, and the moments in their coordinates; or those of before, kept on purpose."""
+
+    bases: tuple[Array, ...]
+    mu: Array
+    nu: SecondMoment
+    kept: Array
+
+
+def refresh(
     frame: Eigenframe,
     factors: Sequence[Array],
-    bases: tuple[Array, ...],
-    nu: Array,
+    first_age: Array,
     axes: Sequence[int],
+    rule: RefreshRule,
 ) -> Eigenframe:
-    """Moves a block to new bases if they can be trusted, and counts it either way.
-
-    The first moment is a vector: it keeps its direction and is expressed in the new coordinates.
+    """Refreshes the bases of a block, or makes the first ones, where they can be trusted.
 
     Args:
       frame: the bases, moments and counters before.
-      factors: the factors that the new bases were made of, `(d, d)` each.
-      bases: the new bases, `(d, d)` each.
-      nu: the second moment in the coordinates of the new bases, `(*block)`.
+      factors: the Kronecker factors, `(d, d)` each, in the dtype of the statistics.
+      first_age: how many updates ago the first bases count as made.
       axes: the preconditioned axes of the block, ascending.
+      rule: how to refresh.
 
     Returns:
       The new frame, or the old one, counted as refused, where a factor or a basis is not finite or
       a basis is not orthonormal.
     """
-    trusted = jnp.asarray(True)
-    for factor, basis in zip(factors, bases, strict=True):
-        trusted &= jnp.all(jnp.isfinite(factor)) & is_orthonormal(basis)
-    mu = frame.mu.astype(nu.dtype)
-    for axis, old, new in zip(axes, frame.bases, bases, strict=True):
-        mu = multiply_along(old, mu, axis, Precision.HIGHEST)
-        mu = multiply_along(new.T, mu, axis, Precision.HIGHEST)
-    moved = Eigenframe(
-        bases=bases,
-        mu=mu.astype(frame.mu.dtype),
-        nu=nu,
-        age=frame.age,
-        refreshes=frame.refreshes + 1,
-        refused_refreshes=frame.refused_refreshes,
+    dtype = factors[0].dtype
+    wide = frame._replace(
+        bases=tuple(basis.astype(dtype) for basis in frame.bases), mu=frame.mu.astype(dtype)
     )
-    stayed = frame._replace(refused_refreshes=frame.refused_refreshes + 1)
-    chosen = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), moved, stayed)
-    return chosen._replace(age=jnp.zeros_like(frame.age))
+    is_first = frame.refreshes == 0
+    moved = lax.cond(is_first, partial(_first, axes), partial(_later, axes, rule), wide, factors)
+    return adopt(frame, factors, moved, jnp.where(is_first, first_age, 0))
 
 
-def is_orthonormal(basis: Array) -> Array:
-    """Whether `Q^T Q` is the identity to the square root of the machine epsilon, entry by entry.
+def adopt(frame: Eigenframe, factors: Sequence[Array], moved: Moved, age: Array) -> Eigenframe:
+    """Moves a block to new bases if they can be trusted, and counts it either way.
 
-    That is half of the digits: a sound QR or eigh stays far below it, one that failed is off by
-    about one. A NaN fails every comparison.
+    Args:
+      frame: the bases, moments and counters before.
+      factors: the factors that the new bases were made of, `(d, d)` each.
+      moved: the new bases, and the moments in their coordinates.
+      age: how many updates ago the new bases count as made.
     """
-    return departure_from_orthonormality(basis) <= jnp.sqrt(jnp.finfo(basis.dtype).eps)
+    trusted = jnp.asarray(True)
+    for factor, basis in zip(factors, moved.bases, strict=True):
+        trusted &= jnp.all(jnp.isfinite(factor)) & matrices.is_orthonormal(basis)
+    trusted |= moved.kept
+    new = frame._replace(
+        bases=moved.bases,
+        mu=moved.mu,
+        nu=moved.nu,
+        age=age,
+        refreshes=frame.refreshes + ~moved.kept,
+    )
+    stayed = frame._replace(age=jnp.zeros_like(age), refused_refreshes=frame.refused_refreshes + 1)
+    return jax.tree.map(
+        lambda new, old: jnp.where(trusted, new.astype(old.dtype), old), new, stayed
+    )
 
 
-def departure_from_orthonormality(basis: Array) -> Array:
-    """The largest entry of `|Q^T Q - I|`; NaN where the basis has one."""
-    gram = jnp.matmul(basis.T, basis, precision=Precision.HIGHEST)
-    return jnp.max(jnp.abs(gram - jnp.eye(len(basis), dtype=basis.dtype)))
+def _first(axes: Sequence[int], frame: Eigenframe, factors: Sequence[Array]) -> Moved:
+    """The exact eigenvectors of the factors."""
+    bases = _over_axes(matrices.descending_eigenvectors, factors)
+    return _carried(axes, frame, [Turned(basis, jnp.arange(len(basis))) for basis in bases])
 
 
-def rayleigh_quotients(product: Array, basis: Array) -> Array:
-    """The diagonal of `Q^T L Q`, `(d,)`, from the product `L Q`."""
-    return jnp.sum(basis * product, axis=0)
+def _later(
+    axes: Sequence[int], rule: RefreshRule, frame: Eigenframe, factors: Sequence[Array]
+) -> Moved:
+    """The bases turned toward the eigenvectors, unless they are near enough."""
+    if rule.method == "partial":
+        return _turned_in_part(axes, frame, factors)
+    products = tuple(map(times, factors, frame.bases))  # L Q
+    turn = partial(_turned, axes, rule.method)
+    if rule.tolerance is None:
+        return turn(frame, factors, products)
+    masses = map(matrices.off_diagonal_mass, products, frame.bases)
+    near = jnp.max(jnp.stack(list(masses))) <= rule.tolerance
+    return lax.cond(near, _kept, turn, frame, factors, products)
 
 
-# LAPACK is called for one matrix at a time, whatever surrounds the call. Batched decompositions
-# under a conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU programs slow to
-# compile; `vmap`, which would batch them, becomes a loop here. `stop_gradient` says that
-# derivatives through an update take the bases as constants: such a loop has no reverse mode.
+def _kept(frame: Eigenframe, _factors: Sequence[Array], _products: Sequence[Array]) -> Moved:
+    return Moved(frame.bases, frame.mu, frame.nu, kept=jnp.asarray(True))
 
 
-@sequential_vmap
-def _qr(matrix: Array) -> Array:
-    return jnp.linalg.qr(matrix)[0]
+def _turned(
+    axes: Sequence[int],
+    method: Method,
+    frame: Eigenframe,
+    factors: Sequence[Array],
+    products: Sequence[Array],
+) -> Moved:
+    turned = _over_axes(refreshes.FULL[method], factors, frame.bases, products)
+    return _carried(axes, frame, turned)
 
 
-@sequential_vmap
-def _eigh(matrix: Array) -> Array:
-    return jnp.linalg.eigh(matrix)[1]
+def _turned_in_part(axes: Sequence[int], frame: Eigenframe, factors: Sequence[Array]) -> Moved:
+    """A quarter of each basis turned, and nothing done with the rest."""
+    bases, mu, nu = [], frame.mu, frame.nu
+    for axis, factor, basis in zip(axes, factors, frame.bases, strict=True):
+        columns = refreshes.columns_in_turn(len(basis), frame.refreshes)
+        part = refreshes.turn_columns(factor, basis, columns)
+        mu = refreshes.turn_moment(mu, axis, columns, part.turn)
+        nu = second_moment.reorder(nu, part.order, axis)
+        bases.append(part.basis)
+    return Moved(tuple(bases), mu, nu, kept=jnp.asarray(False))
 
 
-def orthonormal_factor(matrix: Array) -> Array:
-    """The `Q` of a QR decomposition of a square matrix, `(d, d)`."""
-    return _qr(jax.lax.stop_gradient(matrix))
+def _carried(axes: Sequence[int], frame: Eigenframe, turned: Sequence[Turned]) -> Moved:
+    """Expresses the moments in new bases.
+
+    The first moment is a vector: it keeps its direction and gets new coordinates. The second
+    belongs to columns and follows them.
+    """
+    mu, nu = frame.mu, frame.nu
+    for axis, old, new in zip(axes, frame.bases, turned, strict=True):
+        mu = multiply_along(old, mu, axis, Precision.HIGHEST)
+        mu = multiply_along(new.basis.T, mu, axis, Precision.HIGHEST)
+        nu = second_moment.reorder(nu, new.order, axis)
+    return Moved(tuple(new.basis for new in turned), mu, nu, kept=jnp.asarray(False))
 
 
-def descending_eigenvectors(factor: Array) -> Array:
-    """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`."""
-    return _eigh(jax.lax.stop_gradient(factor))[:, ::-1]
+def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
+    """Calls a function for every axis of a block; axes of the same length share its program.
+
+    A decomposition is what takes a compiler for TPUs longest.
+    """
+    lengths = [len(array) for array in arguments[0]]
+    results: dict[int, Any] = {}
+    for length in dict.fromkeys(lengths):
+        alike = [axis for axis, other in enumerate(lengths) if other == length]
+        if len(alike) == 1:
+            results[alike[0]] = function(*(arrays[alike[0]] for arrays in arguments))
+            continue
+        stacked = [jnp.stack([arrays[axis] for axis in alike]) for arrays in arguments]
+        together = lax.map(lambda one: function(*one), tuple(stacked))
+        for place, axis in enumerate(alike):
+            results[axis] = jax.tree.map(lambda array, place=place: array[place], together)
+    return [results[axis] for axis in range(len(lengths))]

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import Precision
+from jax.lax import Precision, PrecisionLike
 
+from soap_optax import folding, second_moment
+from soap_optax.second_moment import SecondMoment
 from soap_optax.state import StackState
 
 
@@ -37,6 +39,7 @@ class Hyperparameters:
       eps: added to the square root of the second moment, before any bias correction.
       normalize_grads: whether to divide an update by its root mean square.
       correct_bias: whether to multiply an update by Adam's bias correction.
+      precision: that of the products with bases.
     """
 
     b1: Array
@@ -45,16 +48,17 @@ class Hyperparameters:
     eps: Array
     normalize_grads: bool = field(metadata={"static": True})
     correct_bias: bool = field(metadata={"static": True})
+    precision: PrecisionLike = field(metadata={"static": True})
 
 
 def step_block(
     grad: Array, accepted: Array, state: StackState, axes: Sequence[int], hyper: Hyperparameters
 ) -> tuple[Array, StackState]:
-    """Takes one gradient in and gives the update.
+    """Moves the moments on by one gradient and gives the update.
 
-    The bases are read and never written: they are those of the last refresh, made of factors that
-    do not hold this gradient. A gradient that is not accepted changes no statistic and gives a
-    zero update; the first accepted one only fills the factors, as in the authors' code.
+    Bases and factors are read and never written. A gradient that is not accepted changes nothing
+    and gives a zero update; neither does the first accepted one, which only fills the factors, as
+    in the authors' code.
 
     Args:
       grad: the block's gradient, `(*block)`, in the dtype of the statistics.
@@ -67,21 +71,36 @@ def step_block(
       The update, `(*block)`, to be scaled by the (negative) learning rate, and the new state.
     """
     applied = accepted & (state.accepted_gradients > 0)
-    rotated_grad = rotate(grad, state.bases, axes)  # G'
+    bases = [basis.astype(grad.dtype) for basis in state.bases]
+    rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
     mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
-    direction = adam_direction(mu, nu, hyper)  # N'
+    direction = adam_direction(mu, second_moment.estimate(nu), hyper)  # N'
     scale = bias_correction(state.accepted_gradients, hyper) * normalization(direction, hyper)
-    update = rotate_back(direction * jnp.where(applied, scale, 0), state.bases, axes)  # N
-    factors = tuple(  # L, R
-        average_factor(factor, gram_matrix(grad, axis), accepted, hyper)
-        for factor, axis in zip(state.factors, axes, strict=True)
-    )
+    scaled = direction * jnp.where(applied, scale, 0)
+    update = rotate_back(scaled, bases, axes, hyper.precision)  # N
     return update, state._replace(
         accepted_gradients=state.accepted_gradients + accepted,
-        factors=factors,
         mu=mu.astype(state.mu.dtype),
         nu=nu,
         age=state.age + applied,
+    )
+
+
+def average_factors(
+    grad: Array, accepted: Array, factors: Sequence[Array], axes: Sequence[int], beta: Array
+) -> tuple[Array, ...]:
+    """Takes the Gram matrices of a gradient into the factors: `L`, `R` and their like.
+
+    Args:
+      grad: the block's gradient, `(*block)`, in the dtype of the statistics.
+      accepted: whether it may be taken in, a boolean scalar.
+      factors: `(d, d)` each, or folded.
+      axes: the preconditioned axes of the block, ascending.
+      beta: the decay of the factors.
+    """
+    return tuple(
+        average_factor(factor, gram_matrix(grad, axis), accepted, beta)
+        for factor, axis in zip(factors, axes, strict=True)
     )
 
 
@@ -94,21 +113,25 @@ def is_acceptable(grad: Array) -> Array:
     return jnp.sum(jnp.square(grad)) <= jnp.finfo(grad.dtype).max / 4
 
 
-def rotate(x: Array, bases: Sequence[Array], axes: Sequence[int]) -> Array:
+def rotate(
+    x: Array, bases: Sequence[Array], axes: Sequence[int], precision: PrecisionLike = None
+) -> Array:
     """Expresses `x` in the coordinates of the eigenbases: `Q_L^T x Q_R`."""
     for axis, basis in zip(axes, bases, strict=True):
-        x = multiply_along(basis.T, x, axis)
+        x = multiply_along(basis.T, x, axis, precision)
     return x
 
 
-def rotate_back(x: Array, bases: Sequence[Array], axes: Sequence[int]) -> Array:
+def rotate_back(
+    x: Array, bases: Sequence[Array], axes: Sequence[int], precision: PrecisionLike = None
+) -> Array:
     """Expresses `x`, given in the coordinates of the eigenbases, in the original ones."""
     for axis, basis in zip(axes, bases, strict=True):
-        x = multiply_along(basis, x, axis)
+        x = multiply_along(basis, x, axis, precision)
     return x
 
 
-def multiply_along(matrix: Array, x: Array, axis: int, precision: Precision | None = None) -> Array:
+def multiply_along(matrix: Array, x: Array, axis: int, precision: PrecisionLike = None) -> Array:
     """Multiplies every vector along `axis` of `x` by `matrix`, from the left."""
     if axis == 0:  # The product already has its axes in place.
         return jnp.tensordot(matrix, x, axes=(1, 0), precision=precision)
@@ -117,16 +140,16 @@ def multiply_along(matrix: Array, x: Array, axis: int, precision: Precision | No
 
 
 def average_moments(
-    mu: Array, nu: Array, rotated_grad: Array, applied: Array, hyper: Hyperparameters
-) -> tuple[Array, Array]:
+    mu: Array, nu: SecondMoment, rotated_grad: Array, applied: Array, hyper: Hyperparameters
+) -> tuple[Array, SecondMoment]:
     """Takes the gradient into both moments where it is applied, all given in the same frame.
 
     Both results have the dtype of `nu`; the selection keeps a refused gradient's NaN out of them.
     """
-    mu = mu.astype(nu.dtype)
+    mu = mu.astype(rotated_grad.dtype)
     new_mu = hyper.b1 * mu + (1 - hyper.b1) * rotated_grad
-    new_nu = hyper.b2 * nu + (1 - hyper.b2) * jnp.square(rotated_grad)
-    return jnp.where(applied, new_mu, mu), jnp.where(applied, new_nu, nu)
+    new_nu = second_moment.average(nu, rotated_grad, hyper.b2)
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), (new_mu, new_nu), (mu, nu))
 
 
 def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
@@ -163,10 +186,11 @@ def normalization(direction: Array, hyper: Hyperparameters) -> Array:
     return 1 / (1e-30 + largest * root)
 
 
-def average_factor(factor: Array, gram: Array, accepted: Array, hyper: Hyperparameters) -> Array:
-    """Takes a Gram matrix into its factor where the gradient is accepted, `(d, d)`."""
-    beta = hyper.shampoo_beta
-    return jnp.where(accepted, beta * factor + (1 - beta) * gram, factor)
+def average_factor(factor: Array, gram: Array, accepted: Array, beta: Array) -> Array:
+    """Takes a Gram matrix, `(d, d)`, into its factor where the gradient is accepted."""
+    gram = gram if factor.shape == gram.shape else folding.fold(gram)
+    old = factor.astype(gram.dtype)
+    return jnp.where(accepted, beta * old + (1 - beta) * gram, old).astype(factor.dtype)
 
 
 def gram_matrix(grad: Array, axis: int) -> Array:

@@ -157,7 +157,7 @@ def _bytes_by_leaf(plan: planning.Plan, state: ScaleBySoapState) -> list[int]:
 
 
 def _bytes_of_a_block(stack: StackState) -> int:
-    return _bytes(stack) // stack.nu.shape[0]
+    return _bytes(stack) // stack.age.size
 
 
 def _bytes_of_a_tile_and_an_entry(ravelled: RavelledState) -> tuple[int, int]:

@@ -15,7 +15,12 @@ from jax import Array
 from jax.lax import Precision
 from jax.typing import ArrayLike
 
-from soap_optax.basis import departure_from_orthonormality, rayleigh_quotients
+from soap_optax import folding, second_moment
+from soap_optax.matrices import (
+    departure_from_orthonormality,
+    off_diagonal_mass,
+    rayleigh_quotients,
+)
 from soap_optax.state import RavelledState, ScaleBySoapState, StackState
 
 
@@ -95,20 +100,6 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
     }
 
 
-def off_diagonal_mass(product: Array, basis: Array) -> Array:
-    """The part of the norm of `B = Q^T L Q` that is off its diagonal, from the product `L Q`.
-
-    Because `Q` is orthonormal, `L Q = Q B` has the norm of `B`, and `L Q - Q diag(B)` that of `B`
-    without its diagonal: the difference is taken entry by entry, and not between two norms, which
-    would cancel.
-    """
-    largest = jnp.max(jnp.abs(product))
-    scaled = product / jnp.where(largest > 0, largest, 1)  # Else squares overflow, or vanish.
-    off_diagonal = scaled - basis * rayleigh_quotients(scaled, basis)
-    whole = jnp.sqrt(jnp.sum(jnp.square(scaled)))
-    return jnp.sqrt(jnp.sum(jnp.square(off_diagonal))) / jnp.where(whole > 0, whole, 1)
-
-
 def condition_number(quotients: Array) -> Array:
     """The largest Rayleigh quotient over the smallest, where that can be told from rounding."""
     largest = jnp.max(quotients)
@@ -159,14 +150,21 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
             for pair in zip(stack.factors, stack.bases, strict=True)
         ],
     )
-    root = jnp.sqrt(stack.nu)
-    of_block = tuple(range(stack.age.ndim, root.ndim))
+    # A state that was made under `vmap` has more leading axes than that of the blocks.
+    mu, nu = jax.tree.map(
+        lambda array: array.reshape(stack.age.size, *array.shape[stack.age.ndim :]),
+        (stack.mu, stack.nu),
+    )
+    root = jnp.sqrt(jax.vmap(second_moment.estimate)(nu))
+    of_block = tuple(range(1, root.ndim))
     rounding = jnp.finfo(root.dtype).eps * jnp.max(root, axis=of_block, keepdims=True)
-    scalars = worst | {"direction_rms": direction_rms(stack.mu, root, rounding)}
+    scalars = worst | {"direction_rms": direction_rms(mu, root, rounding)}
     return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
 
 
 def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
+    wide = jnp.promote_types(factor.dtype, jnp.float32)
+    factor, basis = folding.whole(factor, len(basis)).astype(wide), basis.astype(wide)
     product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
     return {
         "off_diagonal_mass": off_diagonal_mass(product, basis),
@@ -176,10 +174,7 @@ def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
 
 
 def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
-    """The factors and bases of the first blocks, `(sample, d, d)`.
-
-    A state that was made under `vmap` has more leading axes than that of the blocks.
-    """
+    """The factors and bases of the first blocks, `(sample, d, d)`."""
     blocks = stack.age.size
     stacked = [array.reshape(blocks, *array.shape[-2:]) for array in pair]
     return stacked if sample is None else [_first(array, min(sample, blocks)) for array in stacked]

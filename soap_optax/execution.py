@@ -3,18 +3,21 @@
 No equation lives here, and nothing here depends on how the parameter tree was cut.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from soap_optax import basis, block, placement
+from soap_optax import basis, block, folding, placement
+from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.planning import Group
 from soap_optax.state import Eigenframe, RavelledState, StackState
@@ -24,49 +27,93 @@ def update_stack(
     grads: Array,
     state: StackState,
     group: Group,
+    number: int,
     hyper: Hyperparameters,
-    frequency: ArrayLike,
+    rule: RefreshRule,
     sharding: NamedSharding | None,
 ) -> tuple[Array, StackState]:
     """Takes one gradient for each block of a stack, `(B, *block)`, and gives the updates.
 
     Where the stack is sharded, every device goes through its own blocks and exchanges nothing:
     whether it refreshes any is for each device to decide.
+
+    Args:
+      grads: in the dtype of the statistics.
+      state: that of the stack.
+      group: the blocks and their padding.
+      number: how many blocks other stacks have before these.
+      hyper: the numbers of the step.
+      rule: how and when bases are refreshed.
+      sharding: how the stack is divided among devices; None if it is not.
     """
-    padding = jnp.arange(group.blocks + group.padding) >= group.blocks
-    update = partial(_update_blocks, group.axes)
-    shared = (hyper, jnp.asarray(frequency))
-    return placement.on_local_blocks(update, (grads, padding, state), shared, sharding)
+    blocks = group.blocks + group.padding
+    padding = jnp.arange(blocks) >= group.blocks
+    first_ages = jnp.zeros(blocks, jnp.int32)
+    if rule.stagger:
+        first_ages = ages_in_turn(range(number, number + blocks), rule.frequency)
+    update = partial(_update_blocks, group.block, group.axes)
+    return placement.on_local_blocks(
+        update, (grads, padding, first_ages, state), (hyper, rule), sharding
+    )
+
+
+def ages_in_turn(numbers: Sequence[int], frequency: Array) -> Array:
+    """At what age the first bases of blocks begin, so that refreshes spread over the cycle, `(B,)`.
+
+    Fractions of multiples of the golden ratio: those of any consecutive numbers lie evenly, and so
+    do a stack's blocks, those of one device, and small stacks one after another.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    turns = np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)
+    ages = jnp.floor(turns * frequency.astype(jnp.float32)).astype(jnp.int32)
+    return jnp.clip(ages, 0, frequency - 1)
 
 
 def _update_blocks(
+    shape: tuple[int, ...],
     axes: tuple[int, ...],
-    blocks: tuple[Array, Array, StackState],
-    shared: tuple[Hyperparameters, Array],
+    blocks: tuple[Array, Array, Array, StackState],
+    shared: tuple[Hyperparameters, RefreshRule],
 ) -> tuple[Array, StackState]:
-    """Refreshes the bases that are due, then takes a step.
+    """Refreshes the bases that are due, and takes a step.
 
-    The refresh uses the factors that the previous call stored. The authors refresh at the end of
-    that previous step, from the same factors: the parameters are the same. A block of padding takes
-    nothing in and counts nothing.
+    The refresh uses the factors that the previous call stored, or those with this gradient in them.
+    In the first case, the authors refresh at the end of that previous step, from the same factors:
+    the parameters are the same. A block of padding takes nothing in and counts nothing.
     """
-    (grads, padding, state), (hyper, frequency) = blocks, shared
+    (grads, padding, first_ages, state), (hyper, rule) = blocks, shared
     acceptable = jax.vmap(block.is_acceptable)(grads)
     accepted = acceptable & ~padding
+    lengths = tuple(shape[axis] for axis in axes)
+
+    def take_in(state: StackState) -> StackState:
+        average = partial(block.average_factors, axes=axes, beta=hyper.shampoo_beta)
+        return state._replace(factors=jax.vmap(average)(grads, accepted, state.factors))
+
+    before = state
+    if rule.order == "after_gradient":
+        with jax.named_scope("step"):
+            state = take_in(state)
     with jax.named_scope("refresh"):
-        state = refresh_if_due(state, accepted, axes, frequency)
+        state = refresh_if_due(state, accepted, first_ages, axes, lengths, rule)
     with jax.named_scope("step"):
         step = partial(block.step_block, axes=axes, hyper=hyper)
         updates, state = jax.vmap(step)(grads, accepted, state)
-    refused = state.refused_gradients + ~acceptable
-    return updates, state._replace(refused_gradients=refused)
+        if rule.order == "before_gradient":
+            state = take_in(state)
+    return updates, state._replace(refused_gradients=before.refused_gradients + ~acceptable)
 
 
 # Outside `jax.jit` a conditional is compiled anew in every call, because its branches are functions
 # made in that call: seconds, where the step takes a millisecond.
-@partial(jax.jit, static_argnames="axes")
+@partial(jax.jit, static_argnames=("axes", "lengths"))
 def refresh_if_due(
-    state: StackState, accepted: Array, axes: tuple[int, ...], frequency: ArrayLike
+    state: StackState,
+    accepted: Array,
+    first_ages: Array,
+    axes: tuple[int, ...],
+    lengths: tuple[int, ...],
+    rule: RefreshRule,
 ) -> StackState:
     """Refreshes the bases of those blocks whose turn it is.
 
@@ -78,44 +125,45 @@ def refresh_if_due(
     """
     has_factors = state.accepted_gradients > 0
     has_basis = state.refreshes > 0
-    due = accepted & has_factors & (~has_basis | (state.age >= frequency))
+    due = accepted & has_factors & (~has_basis | (state.age >= rule.frequency))
     frame = Eigenframe(**{name: getattr(state, name) for name in Eigenframe._fields})
     frame = lax.cond(
         any_unbatched(due),
-        partial(_refresh_blocks, axes),
-        lambda _due, _factors, frame: frame,
+        partial(_refresh_blocks, axes, lengths),
+        lambda _due, _first_ages, _factors, frame, _rule: frame,
         due,
+        first_ages,
         state.factors,
         frame,
+        rule,
     )
     return state._replace(**frame._asdict())
 
 
 def _refresh_blocks(
-    axes: Sequence[int], due: Array, factors: tuple[Array, ...], frame: Eigenframe
+    axes: Sequence[int],
+    lengths: Sequence[int],
+    due: Array,
+    first_ages: Array,
+    factors: tuple[Array, ...],
+    frame: Eigenframe,
+    rule: RefreshRule,
 ) -> Eigenframe:
     """Goes through a stack one block at a time, so that each may be refreshed or kept."""
+    dtype = jax.tree.leaves(frame.nu)[0].dtype
 
-    def refresh_or_keep(block: tuple[Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
-        due, factors, frame = block
-        refresh = partial(_refresh_block, axes)
-        return lax.cond(due, refresh, lambda _factors, frame: frame, factors, frame)
+    def refresh(first_age: Array, factors: tuple[Array, ...], frame: Eigenframe) -> Eigenframe:
+        whole = tuple(
+            folding.whole(factor, d).astype(dtype)
+            for factor, d in zip(factors, lengths, strict=True)
+        )
+        return basis.refresh(frame, whole, first_age, axes, rule)
 
-    return lax.map(refresh_or_keep, (due, factors, frame))
+    def refresh_or_keep(block: tuple[Array, Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
+        due, *operands = block
+        return lax.cond(due, refresh, lambda _age, _factors, frame: frame, *operands)
 
-
-def _refresh_block(
-    axes: Sequence[int], factors: tuple[Array, ...], frame: Eigenframe
-) -> Eigenframe:
-    bases, nu = lax.cond(
-        frame.refreshes > 0,
-        partial(basis.iterate_bases, axes=axes),
-        lambda factors, _bases, nu: (basis.first_bases(factors), nu),
-        factors,
-        frame.bases,
-        frame.nu,
-    )
-    return basis.adopt(frame, factors, bases, nu, axes)
+    return lax.map(refresh_or_keep, (due, first_ages, factors, frame))
 
 
 def any_unbatched(flags: Array) -> Array:
@@ -182,6 +230,7 @@ def update_ravelled(
     correction = jax.vmap(partial(block.bias_correction, hyper=hyper))(state.accepted_gradients)
     vector = pad(jnp.concatenate([grad.ravel() for grad in grads]))
     mu, nu = block.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
+    assert isinstance(nu, Array)
     # The division comes last: XLA would repeat cheaper work in the slice for every single leaf.
     scaled = mu * spread(jnp.where(applied, correction, 0))
     direction = block.adam_direction(scaled, nu, hyper)

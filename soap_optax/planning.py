@@ -179,7 +179,8 @@ def vector_name(region: Region, dtype: np.dtype, taken: Container[str]) -> str:
 
 def preconditioned_axes(block: Shape, cut: Cut) -> tuple[int, ...]:
     """The axes of a block that get a factor. One of length 1 gets none: it would be a sign."""
-    return tuple(axis for axis, d in enumerate(block) if 1 < d <= cut.max_precond_dim)
+    axes = tuple(axis for axis, d in enumerate(block) if 1 < d <= cut.max_precond_dim)
+    return tuple(sorted(axes, key=lambda axis: block[axis])[:1]) if cut.one_sided else axes
 
 
 def regions_of(leaf: int, view: View, cut: Cut) -> list[Region]:

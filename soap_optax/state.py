@@ -10,13 +10,16 @@ Symbols used in every module:
 | `L` | leaves (or tiles of leaves) that are ravelled together, `N` entries in all, with padding |
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from soap_optax import folding
 from soap_optax.planning import Group, Plan
+from soap_optax.second_moment import SecondMoment
 
 # Raised whenever the meaning or the arrangement of the state's leaves changes.
 LAYOUT_VERSION = 1
@@ -29,7 +32,7 @@ class Eigenframe(NamedTuple):
       bases: orthonormal eigenvectors of each preconditioned axis' factor, `(d, d)`, columns by
         descending eigenvalue.
       mu: first moment in the bases' coordinates, `(*block)`.
-      nu: second moment in the bases' coordinates, `(*block)`.
+      nu: second moment in the bases' coordinates, `(*block)`, or its marginals, `(d,)` each.
       age: updates applied since the last refresh was due.
       refreshes: bases adopted so far, the first included.
       refused_refreshes: refreshes refused because they were not finite or not orthonormal.
@@ -37,7 +40,7 @@ class Eigenframe(NamedTuple):
 
     bases: tuple[Array, ...]
     mu: Array
-    nu: Array
+    nu: SecondMoment
     age: Array
     refreshes: Array
     refused_refreshes: Array
@@ -52,9 +55,11 @@ class StackState(NamedTuple):
     Attributes:
       accepted_gradients: gradients taken in so far, `(B,)`. The first one only fills the factors.
       refused_gradients: gradients refused because they were not finite, `(B,)`.
-      factors: average of each preconditioned axis' Gram matrix, `(B, d, d)`, in axis order.
+      factors: average of each preconditioned axis' Gram matrix, `(B, d, d)`, in axis order; with
+        ``fold_factors`` their lower triangles, `(B, ceil(d / 2), d + 1)` (`soap_optax.folding`).
       mu: first moment in the eigenbases' coordinates, `(B, *block)`.
-      nu: second moment in the eigenbases' coordinates, `(B, *block)`.
+      nu: second moment in the eigenbases' coordinates, `(B, *block)`; with ``factored`` its means
+        over all axes but one, `(B, d)` for each axis of the block.
       bases: eigenvectors of each factor as of the last refresh, `(B, d, d)`; identity before that.
       age: updates applied since the last refresh was due, `(B,)`.
       refreshes: bases adopted so far, the first included, `(B,)`.
@@ -65,7 +70,7 @@ class StackState(NamedTuple):
     refused_gradients: Array
     factors: tuple[Array, ...]
     mu: Array
-    nu: Array
+    nu: SecondMoment
     bases: tuple[Array, ...]
     age: Array
     refreshes: Array
@@ -106,36 +111,52 @@ class ScaleBySoapState(NamedTuple):
     ravelled: dict[str, RavelledState]
 
 
-def initial_state(plan: Plan, mu_dtype: DTypeLike | None) -> ScaleBySoapState:
+@dataclass(frozen=True)
+class Storage:
+    """How the state is stored; the fields are arguments of `scale_by_soap`."""
+
+    mu_dtype: DTypeLike | None
+    preconditioner_dtype: DTypeLike | None
+    fold_factors: bool
+    factored: bool
+
+
+def initial_state(plan: Plan, storage: Storage) -> ScaleBySoapState:
     """The state before the first gradient: no statistics, and the identity as every basis."""
     return ScaleBySoapState(
         layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),
         count=jnp.zeros((), jnp.int32),
-        stacks={name: _empty_stack(group, mu_dtype) for name, group in plan.stacks.items()},
-        ravelled={name: _empty_vector(group, mu_dtype) for name, group in plan.ravelled.items()},
+        stacks={name: _empty_stack(group, storage) for name, group in plan.stacks.items()},
+        ravelled={name: _empty_vector(group, storage) for name, group in plan.ravelled.items()},
     )
 
 
-def _empty_stack(group: Group, mu_dtype: DTypeLike | None) -> StackState:
+def _empty_stack(group: Group, storage: Storage) -> StackState:
     blocks, dtype = group.blocks + group.padding, group.dtype
+    narrow = storage.preconditioner_dtype or dtype
     lengths = [group.block[axis] for axis in group.axes]
+    shapes = [folding.folded_shape(d) if storage.fold_factors else (d, d) for d in lengths]
+    if storage.factored:
+        nu = tuple(jnp.zeros((blocks, d), dtype) for d in group.block)
+    else:
+        nu = jnp.zeros((blocks, *group.block), dtype)
     return StackState(
         accepted_gradients=jnp.zeros(blocks, jnp.int32),
         refused_gradients=jnp.zeros(blocks, jnp.int32),
-        factors=tuple(jnp.zeros((blocks, d, d), dtype) for d in lengths),
-        mu=jnp.zeros((blocks, *group.block), mu_dtype or dtype),
-        nu=jnp.zeros((blocks, *group.block), dtype),
-        bases=tuple(jnp.tile(jnp.eye(d, dtype=dtype), (blocks, 1, 1)) for d in lengths),
+        factors=tuple(jnp.zeros((blocks, *shape), narrow) for shape in shapes),
+        mu=jnp.zeros((blocks, *group.block), storage.mu_dtype or dtype),
+        nu=nu,
+        bases=tuple(jnp.tile(jnp.eye(d, dtype=narrow), (blocks, 1, 1)) for d in lengths),
         age=jnp.zeros(blocks, jnp.int32),
         refreshes=jnp.zeros(blocks, jnp.int32),
         refused_refreshes=jnp.zeros(blocks, jnp.int32),
     )
 
 
-def _empty_vector(group: Group, mu_dtype: DTypeLike | None) -> RavelledState:
+def _empty_vector(group: Group, storage: Storage) -> RavelledState:
     return RavelledState(
         accepted_gradients=jnp.zeros(group.blocks, jnp.int32),
         refused_gradients=jnp.zeros(group.blocks, jnp.int32),
-        mu=jnp.zeros(group.entries + group.padding, mu_dtype or group.dtype),
+        mu=jnp.zeros(group.entries + group.padding, storage.mu_dtype or group.dtype),
         nu=jnp.zeros(group.entries + group.padding, group.dtype),
     )

@@ -3,20 +3,23 @@
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments, exchange, execution, layout, placement, planning, views
+from soap_optax.basis import Order, RefreshRule
 from soap_optax.block import Hyperparameters
+from soap_optax.refreshes import Method
 from soap_optax.shardings import place_state
-from soap_optax.state import ScaleBySoapState, initial_state
+from soap_optax.state import ScaleBySoapState, Storage, initial_state
 
 Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
@@ -38,6 +41,15 @@ def scale_by_soap(
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
+    refresh: Method = "qr",
+    refresh_tolerance: ArrayLike | None = None,
+    refresh_order: Order = "before_gradient",
+    stagger: bool = False,
+    one_sided: bool = False,
+    factored: bool = False,
+    preconditioner_dtype: DTypeLike | None = None,
+    fold_factors: bool = False,
+    precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -115,6 +127,27 @@ def scale_by_soap(
         the number of shards of ``stack_sharding``. State of one multiple can be restored on any
         number of devices that divides it.
 
+      refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
+        iteration. ``"cholesky_qr"``: the same from two Cholesky decompositions, with a QR where
+        these fail. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
+        simultaneous Jacobi rotations, out of matrix products alone. ``"partial"``: a quarter of the
+        columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: by platform and
+        size.
+      refresh_tolerance: None, or the off-diagonal mass (see `diagnostics`) of the factors in their
+        bases up to which a block that is due keeps its bases until it is due again.
+      refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold
+        the step's gradient, as in the authors' code, or ``"after_gradient"``, from factors that do.
+      stagger: whether the blocks take turns, so that each step refreshes as many as another. First
+        bases are still made all at once.
+      one_sided: whether only the shortest axis of a block gets a factor.
+      factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
+      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None
+        means that of the statistics. Refreshes are computed in the dtype of the statistics.
+      fold_factors: whether the symmetric factors are stored as one triangle.
+      precision: that of the products which rotate gradients and updates, as of `jax.lax.dot`. None
+        means the default of the platform, or of ``jax.default_matmul_precision``. Factors and
+        refreshes always have the highest.
+
     Returns:
       A transformation whose state is a `ScaleBySoapState`.
 
@@ -138,17 +171,27 @@ def scale_by_soap(
     arguments.check_flag("merge_dims", merge_dims)
     arguments.check_flag("normalize_grads", normalize_grads)
     arguments.check_flag("correct_bias", correct_bias)
-    arguments.check_mu_dtype(mu_dtype)
+    arguments.check_dtype("mu_dtype", mu_dtype)
     arguments.check_block_size(block_size, max_precond_dim)
     arguments.check_dimension_numbers(dimension_numbers, merge_dims)
     arguments.check_stack_sharding(stack_sharding)
+    arguments.check_choice("refresh", refresh, get_args(Method))
+    arguments.check_tolerance(refresh_tolerance, refresh)
+    arguments.check_choice("refresh_order", refresh_order, get_args(Order))
+    arguments.check_flag("stagger", stagger)
+    arguments.check_flag("one_sided", one_sided)
+    arguments.check_flag("factored", factored)
+    arguments.check_dtype("preconditioner_dtype", preconditioner_dtype)
+    arguments.check_flag("fold_factors", fold_factors)
+    arguments.check_precision(precision)
 
     shards, sharding = 1, None
     if stack_sharding is not None:
         shards = math.prod(placement.parts_of(stack_sharding))
         sharding = placement.on_automatic_axes(stack_sharding)
     arguments.check_stack_multiple(stack_multiple, shards)
-    cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size)
+    cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided)
+    storage = Storage(mu_dtype, preconditioner_dtype, fold_factors, factored)
     multiple = stack_multiple or shards
 
     def hyper_in(dtype: np.dtype) -> Hyperparameters:
@@ -159,13 +202,23 @@ def scale_by_soap(
             eps=jnp.asarray(eps, dtype),
             normalize_grads=normalize_grads,
             correct_bias=correct_bias,
+            precision=precision,
+        )
+
+    def rule_at(count: Array) -> RefreshRule:
+        return RefreshRule(
+            frequency=frequency_at(precondition_frequency, count),
+            tolerance=None if refresh_tolerance is None else jnp.asarray(refresh_tolerance),
+            method=refresh,
+            order=refresh_order,
+            stagger=stagger,
         )
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         if stands_for_any_params(params):
             return opaque_state()
         plan = plan_of(params, cut, dimension_numbers, multiple)
-        return place_state(lambda: initial_state(plan, mu_dtype), stack_sharding)
+        return place_state(lambda: initial_state(plan, storage), stack_sharding)
 
     def update_fn(
         updates: optax.Updates,
@@ -175,34 +228,39 @@ def scale_by_soap(
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
         plan = plan_of(updates, cut, dimension_numbers, multiple)
-        state = arguments.checked_state(
-            state, jax.eval_shape(lambda: initial_state(plan, mu_dtype))
-        )
+        state = arguments.checked_state(state, jax.eval_shape(lambda: initial_state(plan, storage)))
         leaves, treedef = jax.tree.flatten(updates)
         update = partial(update_leaves, plan)
         if sharding is not None:
             update = placement.with_automatic_axes(update)
-        frequency = frequency_at(precondition_frequency, state.count)
         hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
-        new_leaves, new_state = update((frequency, hyper), leaves, state)
+        new_leaves, new_state = update((rule_at(state.count), hyper), leaves, state)
         return jax.tree.unflatten(treedef, new_leaves), new_state
 
     def update_leaves(
         plan: planning.Plan,
-        numbers: tuple[Array, dict[str, Hyperparameters]],
+        numbers: tuple[RefreshRule, dict[str, Hyperparameters]],
         leaves: list[ArrayLike],
         state: ScaleBySoapState,
     ) -> tuple[list[Array], ScaleBySoapState]:
-        frequency, hyper = numbers
+        rule, hyper = numbers
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[planning.Region, Array] = {}
         stacks, ravelled = {}, {}
+        number = 0
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
                 grads = exchange.bring_in(leaves, plan, group, sharding)
                 stack_updates, stacks[name] = execution.update_stack(
-                    grads, state.stacks[name], group, hyper[group.dtype.name], frequency, sharding
+                    grads,
+                    state.stacks[name],
+                    group,
+                    number,
+                    hyper[group.dtype.name],
+                    rule,
+                    sharding,
                 )
+                number += group.blocks
                 blocks |= exchange.take_out(stack_updates, group, starts, sharding)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):

@@ -21,6 +21,7 @@ class Cut:
     precondition_1d: bool
     merge_dims: bool
     block_size: int | None
+    one_sided: bool
 
 
 class MatrixAxes(NamedTuple):

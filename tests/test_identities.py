@@ -464,7 +464,7 @@ MERGED = [
 def test_dimensions_are_merged_by_the_authors_rule(
     shape: tuple[int, ...], limit: int, wanted: tuple[int, ...]
 ) -> None:
-    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None)
+    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
     assert views.merged_shape(shape, cut) == wanted
 
 
@@ -476,7 +476,7 @@ def test_dimensions_are_merged_by_the_authors_rule(
 def test_merging_agrees_with_the_reference_and_keeps_every_entry(
     shape: tuple[int, ...], limit: int
 ) -> None:
-    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None)
+    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
     merged = views.merged_shape(shape, cut)
     assert math.prod(merged) == math.prod(shape)
     assert merged == reference.merged(shape, limit)

@@ -238,6 +238,8 @@ def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) ->
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
         value, grads = jax.value_and_grad(loss)(params, tokens)
+        # What the optimizer does with gradients must not decide how they are computed.
+        grads = jax.lax.with_sharding_constraint(grads, of_params)
         return *update(grads, params, state), value
 
     whole_step = jax.jit(

@@ -1,0 +1,201 @@
+"""How a basis follows its factor: the methods of a refresh, for one axis of one block.
+
+Each method takes the factor `L`, the basis `Q` and the product `L Q`, all `(d, d)`, and gives a new
+basis, with the order in which it took the old one's columns: the second moment belongs to columns
+and is permuted along with them.
+
+| method | new basis | beside `L Q` |
+| --- | --- | --- |
+| `qr` | one step of orthogonal iteration, `QR(L Q)`, as the authors take it | a QR |
+| `cholesky_qr` | the same from two Cholesky decompositions, or a QR | 2 products, 2 Cholesky |
+| `eigh` | the factor's eigenvectors | an `eigh` |
+| `jacobi` | up to three sweeps of simultaneous Jacobi rotations | 3 products, then 4 a sweep |
+
+`partial`, the fifth, turns a quarter of the columns and multiplies no others by `L`.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.lax import Precision
+
+from soap_optax import matrices
+from soap_optax.block import multiply_along
+from soap_optax.matrices import times
+
+Method = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
+
+
+class Turned(NamedTuple):
+    """A new basis, `(d, d)`, and of which old column each of its columns is the successor."""
+
+    basis: Array
+    order: Array
+
+
+def orthogonal_iteration(factor: Array, basis: Array, product: Array) -> Turned:
+    """One step of orthogonal iteration (Vyas et al., 2024, Algorithm 4).
+
+    The columns are first sorted by their Rayleigh quotients, in descending order: a QR
+    decomposition orthogonalises each column against those before it, so that an ascending order
+    would move away from the eigenbasis.
+    """
+    del factor
+    order = descending_order(product, basis)
+    return Turned(matrices.orthonormal_factor(product[:, order]), order)
+
+
+def cholesky_iteration(factor: Array, basis: Array, product: Array) -> Turned:
+    """The same step by Cholesky decompositions, and by a QR where these did not suffice."""
+    del factor
+    order = descending_order(product, basis)
+    ordered = product[:, order]
+    fast = matrices.orthonormal_factor_by_cholesky(ordered)
+    basis = lax.cond(
+        matrices.is_orthonormal(fast),
+        lambda fast, _ordered: fast,
+        lambda _fast, ordered: matrices.orthonormal_factor(ordered),
+        fast,
+        ordered,
+    )
+    return Turned(basis, order)
+
+
+def eigendecomposition(factor: Array, basis: Array, product: Array) -> Turned:
+    """All the way to the eigenvectors, those of the k-th largest eigenvalue for the k-th column."""
+    order = descending_order(product, basis)
+    return Turned(matrices.descending_eigenvectors(factor), order)
+
+
+SWEEPS = 3
+ENOUGH = 0.05
+
+
+def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Turned:
+    """Simultaneous Jacobi rotations of all pairs of columns, matrix products only.
+
+    A sweep takes `B = Q^T L Q`, the angle that would annihilate each of its entries by itself, and
+    turns by all of them at once. That is a rotation to second order in the angles, and is made one
+    where they were large. After a sweep that began with an off-diagonal mass of less than `ENOUGH`
+    the remainder is of its square, and no other one follows. Columns keep their places.
+    """
+
+    def goes_on(carry: tuple[Array, Array, Array, Array]) -> Array:
+        sweep, mass, _, _ = carry
+        return (sweep < SWEEPS) & (mass > ENOUGH)
+
+    def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        number, _, basis, product = carry
+        product = lax.cond(
+            number > 0,
+            lambda basis, _first: times(factor, basis),
+            lambda _basis, first: first,
+            basis,
+            product,
+        )
+        mass = matrices.off_diagonal_mass(product, basis)
+        angles = rotation_angles(times(basis.T, product))
+        half_square = 0.5 * times(angles, angles)
+        turn = jnp.eye(len(basis), dtype=basis.dtype) + angles + half_square
+        return number + 1, mass, matrices.polished(times(basis, turn)), product
+
+    start = (jnp.int32(0), jnp.asarray(jnp.inf, basis.dtype), basis, product)
+    _, _, basis, _ = lax.while_loop(goes_on, sweep, jax.tree.map(lax.stop_gradient, start))
+    return Turned(basis, jnp.arange(len(basis)))
+
+
+def rotation_angles(rotated: Array) -> Array:
+    """The tangents of the angles that annihilate the entries of `B`, antisymmetric, `(d, d)`.
+
+    Entries that are rounding errors turn nothing. Angles of a column that turns too far for a
+    rotation of all pairs at once are reduced, with those of its partners in the pair.
+    """
+    rotated = (rotated + rotated.T) / 2
+    largest = jnp.max(jnp.abs(rotated))
+    scaled = rotated / jnp.where(largest > 0, largest, 1)
+    diagonal = jnp.diagonal(scaled)
+    gap = diagonal[None, :] - diagonal[:, None]
+    twice = jnp.where(gap >= 0, 2, -2) * scaled
+    is_entry = (jnp.abs(scaled) > jnp.finfo(scaled.dtype).eps) & ~jnp.eye(len(scaled), dtype=bool)
+    root = jnp.sqrt(jnp.where(is_entry, jnp.square(gap) + jnp.square(twice), 1))
+    tangents = jnp.where(is_entry, twice / (jnp.abs(gap) + root), 0)
+    # An exchange of rows and columns changes the sign of the gap, except where there is none.
+    tangents = jnp.triu(tangents) - jnp.triu(tangents).T
+    shrink = jnp.minimum(1, 0.5 / jnp.maximum(jnp.linalg.norm(tangents, axis=0), 0.5))
+    return tangents * jnp.minimum(shrink[None, :], shrink[:, None])
+
+
+def descending_order(product: Array, basis: Array) -> Array:
+    """The columns by their Rayleigh quotients, the largest first."""
+    return jnp.argsort(matrices.rayleigh_quotients(product, basis), descending=True)
+
+
+def by_platform_and_size(factor: Array, basis: Array, product: Array) -> Turned:
+    """The method that took least where it was measured (docs/explanation/performance.md)."""
+    on_cpu = orthogonal_iteration if len(basis) < 1024 else jacobi_sweeps
+    return lax.platform_dependent(factor, basis, product, cpu=on_cpu, default=jacobi_sweeps)
+
+
+FULL: dict[str, Callable[[Array, Array, Array], Turned]] = {
+    "qr": orthogonal_iteration,
+    "cholesky_qr": cholesky_iteration,
+    "eigh": eigendecomposition,
+    "jacobi": jacobi_sweeps,
+    "auto": by_platform_and_size,
+}
+
+
+# Columns are cut into chunks, and each partial refresh turns two of them; neighbours come first,
+# because columns of near eigenvalues turn fastest.
+CHUNKS = 8
+PAIRS = np.array([(a, a + gap) for gap in range(1, CHUNKS) for a in range(CHUNKS - gap)])
+
+
+class TurnedInPart(NamedTuple):
+    """A basis, `(d, d)`, some of whose columns have been turned.
+
+    Attributes:
+      basis: the new basis.
+      turn: what the columns were multiplied by, `(s, s)`.
+      order: of which old column each column of the basis is the successor, `(d,)`.
+    """
+
+    basis: Array
+    turn: Array
+    order: Array
+
+
+def columns_in_turn(length: int, refreshes: Array) -> Array:
+    """Which columns the partial refresh after so many others turns: a quarter of them, `(s,)`.
+
+    28 refreshes meet every pair of chunks. The chunks shift from one round to the next, so that no
+    column is left out where eight does not divide their number. Short bases turn as a whole.
+    """
+    if length < 4 * CHUNKS:
+        return jnp.arange(length)
+    chunk, left_over = divmod(length, CHUNKS)
+    pair = jnp.asarray(PAIRS, jnp.int32)[refreshes % len(PAIRS)]
+    shift = refreshes // len(PAIRS) % (left_over + 1)
+    return (shift + pair[:, None] * chunk + jnp.arange(chunk)).ravel()
+
+
+def turn_columns(factor: Array, basis: Array, columns: Array) -> TurnedInPart:
+    """Turns columns of a basis among themselves, to diagonalize their part of `Q^T L Q`."""
+    part = basis[:, columns]
+    rotated = times(part.T, times(factor, part))
+    order = jnp.argsort(jnp.diagonal(rotated), descending=True)
+    turn = matrices.descending_eigenvectors((rotated + rotated.T) / 2)
+    new = basis.at[:, columns].set(times(part, turn))
+    whole_order = jnp.arange(len(basis)).at[columns].set(columns[order])
+    return TurnedInPart(matrices.polished(new), turn, whole_order)
+
+
+def turn_moment(mu: Array, axis: int, columns: Array, turn: Array) -> Array:
+    """A first moment, `(*block)`, after columns of the basis of an axis have been turned."""
+    of_columns = (slice(None),) * axis + (columns,)
+    turned = multiply_along(turn.T, mu[of_columns], axis, Precision.HIGHEST)
+    return mu.at[of_columns].set(turned)
