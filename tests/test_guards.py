@@ -244,7 +244,7 @@ FAILURES = {
 @functools.cache
 def step_with_failing_refresh() -> Step:
     """A step in which every decomposition returns what it is told to, for one matrix `(6, 4)`."""
-    sound_qr, sound_eigh = basis.orthonormal_factor, basis.descending_eigenvectors
+    sound_qr, sound_eigh = matrices.orthonormal_factor, matrices.descending_eigenvectors
 
     @jax.jit
     def step(grads: Tree, state: State, frequency: int, failure: int) -> Any:
@@ -265,9 +265,9 @@ def step_with_failing_refresh() -> Step:
             # Without its own jit, whose cache would outlive the functions put in below.
             unjitted = inspect.unwrap(execution.refresh_if_due)
             patch.setattr(execution, "refresh_if_due", unjitted)
-            patch.setattr(basis, "orthonormal_factor", lambda matrix: spoil(sound_qr(matrix)))
+            patch.setattr(matrices, "orthonormal_factor", lambda matrix: spoil(sound_qr(matrix)))
             patch.setattr(
-                basis, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
+                matrices, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
             )
             optimizer = soap_optax.scale_by_soap(precondition_frequency=frequency)
             return optimizer.update(grads, state)
