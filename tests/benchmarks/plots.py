@@ -10,6 +10,8 @@ from measure import FLOOR, Spread, Summary
 
 def draw_steps(by_model: Mapping[str, Sequence[Summary]], path: Path) -> None:
     """Bars of plain and of refresh steps in floors, with quartiles, for each model."""
+    names = dict.fromkeys(one.contender for summaries in by_model.values() for one in summaries)
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, kind in zip(figure.subplots(2, 1), ("plain", "refresh"), strict=True):
         series = ratios_by_contender(by_model, kind)
@@ -21,7 +23,8 @@ def draw_steps(by_model: Mapping[str, Sequence[Summary]], path: Path) -> None:
                 [spread.median - spread.lower for spread in spreads.values()],
                 [spread.upper - spread.median for spread in spreads.values()],
             ]
-            axes.bar(positions, medians, width, yerr=errors, capsize=2, label=contender)
+            look = {"color": colours[contender], "capsize": 2, "label": contender}
+            axes.bar(positions, medians, width, yerr=errors, **look)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(ylabel="times the floor", title=f"{kind} steps")
         axes.set_xticks([position + 0.4 for position in range(len(by_model))], list(by_model))

@@ -42,10 +42,10 @@ class Model:
     soap_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def params_of(model: Model, layers: int | None = None, dtype: Any = jnp.float32) -> Any:
+def params_of(model: Model, layers: int | None = None) -> Any:
     """The parameters of a model, as `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         model.tree(layers or model.layers),
         is_leaf=lambda node: isinstance(node, tuple),
     )
