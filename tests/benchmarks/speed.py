@@ -1,0 +1,208 @@
+"""Measures steps, compile times and memory of SOAP and its rivals on the shapes of real models.
+
+    pip install ".[benchmarks]"
+    python tests/benchmarks/speed.py --models width_512 gpt2 --rounds 5 --out out/speed
+
+prints Markdown tables and writes their numbers as CSV and as pictures. The measure of a step is the
+six-product floor: what the products that SOAP cannot do without take by themselves, in the same
+run, on the same shapes. A variant of SOAP joins by its options:
+
+    python tests/benchmarks/speed.py --models width_512 --soap "tiles:block_size=256"
+
+and compile times over depth, and memory, take no steps:
+
+    python tests/benchmarks/speed.py --what compile memory --models gpt_256 --out out/compile
+
+This is no pytest-benchmark, which times one function after another, because a machine's speed
+drifts by more than the rivals differ, so that they must alternate in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# OpenBLAS's threads and XLA's fight over the cores: a 256x256 QR has taken 500 ms with them and
+# 2 ms with this setting, which OpenBLAS reads when it is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import measure
+import plots
+import results
+from compiling import CompileTime, compile_time, memory_of
+from contenders import NAMES, contenders_of, floor_operations
+from measure import Summary
+from results import Case
+from shapes import MODELS, params_of
+from tqdm import tqdm
+
+
+class Settings(argparse.Namespace):
+    """The flags."""
+
+    models: list[str]
+    what: list[str]
+    contenders: list[str]
+    soap: list[tuple[str, dict[str, Any]]]
+    rounds: int
+    layers: int | None
+    depths: list[int]
+    out: Path | None
+    stall_after: int
+
+    def layers_of(self, model: str) -> int:
+        return self.layers or MODELS[model].layers
+
+    def contenders_of(self, model: str) -> dict[str, Any]:
+        return contenders_of(MODELS[model], self.contenders, dict(self.soap))
+
+
+# What is measured ---------------------------------------------------------------------------------
+
+
+def measure_steps(settings: Settings) -> None:
+    """Times steps model by model; files are written after each, so that none is lost."""
+    by_model: dict[str, list[Summary]] = {}
+    records: list[dict[str, Any]] = []
+    for name in settings.models:
+        model, case = MODELS[name], Case(name, settings.layers_of(name))
+        contenders = settings.contenders_of(name)
+        steps = measure.rounds_of(model, case.layers, contenders, settings.rounds)
+        kinds = sum(1 if one.refreshes is None else 2 for one in contenders.values())
+        with unless_stalled(settings.stall_after) as still_alive:
+            bar = tqdm(steps, name, settings.rounds * kinds, unit="step", file=sys.stderr)
+            samples = [sample for sample in bar if still_alive()]
+        by_model[name] = measure.summarize(samples)
+        records += results.sample_records(case, samples)
+        operations = floor_operations(model, params_of(model, case.layers))
+        print(results.steps_table(case, by_model[name], operations), flush=True)
+        if settings.out:
+            results.write_csv(settings.out / "steps.csv", records)
+            plots.draw_steps(by_model, settings.out / "steps.png")
+
+
+@contextmanager
+def unless_stalled(seconds: int) -> Iterator[Any]:
+    """Ends the process, with its stacks, where no step has finished for so long.
+
+    jaxlib 0.10 on two cores hangs now and then when every leaf has its own decomposition, as the
+    textbook has. More threads in XLA's pool prevent it: `NPROC=4` in the environment.
+    """
+
+    def still_alive() -> bool:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        return True
+
+    still_alive()
+    try:
+        yield still_alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def measure_compile_times(settings: Settings) -> None:
+    """Compiles updates at several depths."""
+    by_model: dict[str, list[CompileTime]] = {}
+    records: list[dict[str, Any]] = []
+    for name in settings.models:
+        pairs = [(depth, one) for depth in settings.depths for one in settings.contenders_of(name)]
+        bar = tqdm(pairs, f"{name}, compile", unit="program", file=sys.stderr)
+        by_model[name] = [
+            compile_time(one, settings.contenders_of(name)[one], MODELS[name], depth)
+            for depth, one in bar
+        ]
+        records += [{"model": name} | dataclasses.asdict(row) for row in by_model[name]]
+        print(results.compile_table(name, by_model[name]), flush=True)
+        if settings.out:
+            results.write_csv(settings.out / "compile.csv", records)
+            plots.draw_compile_times(by_model, settings.out / "compile.png")
+
+
+def measure_memory(settings: Settings) -> None:
+    """Asks the compiler what updates hold."""
+    records: list[dict[str, Any]] = []
+    for name in settings.models:
+        case = Case(name, settings.layers_of(name))
+        bar = tqdm(settings.contenders_of(name).items(), f"{name}, memory", file=sys.stderr)
+        rows = [memory_of(one, contender, MODELS[name], case.layers) for one, contender in bar]
+        records += [{"model": name} | dataclasses.asdict(row) for row in rows]
+        print(results.memory_table(case, rows), flush=True)
+        if settings.out:
+            results.write_csv(settings.out / "memory.csv", records)
+
+
+MEASURES = {"steps": measure_steps, "compile": measure_compile_times, "memory": measure_memory}
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def soap_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads `name:option=value,...`; a value that is no Python literal is a string."""
+    name, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",") if part]
+    if not name or name in NAMES or not all(equals for _, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(
+            f"must be name:option=value,... with a name other than {', '.join(NAMES)}, got {text!r}"
+        )
+    return name, {option.strip(): literal(value.strip()) for option, _, value in pairs}
+
+
+def literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    real = [name for name in MODELS if not name.startswith("tiny")]
+    add = parser.add_argument
+    add(
+        "--models", nargs="+", choices=MODELS, default=real, metavar="MODEL", help=", ".join(MODELS)
+    )
+    add("--what", nargs="+", choices=MEASURES, default=["steps"])
+    add("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    variant = "NAME:OPTION=VALUE,..."
+    add("--soap", type=soap_variant, action="append", default=[], metavar=variant)
+    add("--rounds", type=positive, default=5, help="steps of each kind that are timed")
+    add("--layers", type=positive, help="how deep a model is; each has a default")
+    add("--depths", nargs="+", type=positive, default=[4, 12, 24, 48], help="to compile at")
+    add("--out", type=Path, help="folder for CSV and pictures")
+    stall = "seconds without a step after which the run is ended"
+    add("--stall-after", type=positive, default=1800, help=stall)
+    return parser.parse_args(arguments, Settings())
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = parse(arguments)
+    # On a GPU or TPU the default would give SOAP's projections fewer digits than the floor's.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if settings.out:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    print(f"{results.circumstances(arguments)}\n", flush=True)
+    for what in settings.what:
+        MEASURES[what](settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
