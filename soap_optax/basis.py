@@ -172,19 +172,26 @@ def _carried(axes: Sequence[int], frame: Eigenframe, turned: Sequence[Turned]) -
 
 
 def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
-    """Calls a function for every axis of a block; axes of the same length share its program.
+    """Calls a function for every axis of a block.
 
-    A decomposition is what takes a compiler for TPUs longest.
+    Axes of the same length share a program where decompositions take a compiler long, which is on
+    TPUs. On CPUs they may run at the same time.
     """
+
+    def each(*arguments: Sequence[Array]) -> list[Any]:
+        return [function(*of_axis) for of_axis in zip(*arguments, strict=True)]
+
+    def by_length(*arguments: Sequence[Array]) -> list[Any]:
+        results: dict[int, Any] = {}
+        for length in dict.fromkeys(lengths):
+            alike = [axis for axis, other in enumerate(lengths) if other == length]
+            stacked = [jnp.stack([arrays[axis] for axis in alike]) for arrays in arguments]
+            together = lax.map(lambda one: function(*one), stacked)
+            for place, axis in enumerate(alike):
+                results[axis] = jax.tree.map(lambda array, place=place: array[place], together)
+        return [results[axis] for axis in range(len(lengths))]
+
     lengths = [len(array) for array in arguments[0]]
-    results: dict[int, Any] = {}
-    for length in dict.fromkeys(lengths):
-        alike = [axis for axis, other in enumerate(lengths) if other == length]
-        if len(alike) == 1:
-            results[alike[0]] = function(*(arrays[alike[0]] for arrays in arguments))
-            continue
-        stacked = [jnp.stack([arrays[axis] for axis in alike]) for arrays in arguments]
-        together = lax.map(lambda one: function(*one), tuple(stacked))
-        for place, axis in enumerate(alike):
-            results[axis] = jax.tree.map(lambda array, place=place: array[place], together)
-    return [results[axis] for axis in range(len(lengths))]
+    if len(set(lengths)) == len(lengths):
+        return each(*arguments)
+    return lax.platform_dependent(*arguments, cpu=each, default=by_length)

@@ -179,8 +179,8 @@ def columns_in_turn(length: int, refreshes: Array) -> Array:
         return jnp.arange(length)
     chunk, left_over = divmod(length, CHUNKS)
     pair = jnp.asarray(PAIRS, jnp.int32)[refreshes % len(PAIRS)]
-    shift = refreshes // len(PAIRS) % (left_over + 1)
-    return (shift + pair[:, None] * chunk + jnp.arange(chunk)).ravel()
+    shift = refreshes // len(PAIRS) % length * left_over
+    return ((shift + pair[:, None] * chunk + jnp.arange(chunk)) % length).ravel()
 
 
 def turn_columns(factor: Array, basis: Array, columns: Array) -> TurnedInPart:

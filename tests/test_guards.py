@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import basis, execution
+from soap_optax import execution, matrices
 
 Tree = dict[str, Any]  # Arrays by name, or trees of them.
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
@@ -275,7 +275,7 @@ def step_with_failing_refresh() -> Step:
     return step
 
 
-def matrices(count: int = 12) -> list[Tree]:
+def gradients_of_a_matrix(count: int = 12) -> list[Tree]:
     return [{"matrix": grads["first"]} for grads in good_gradients(count)]
 
 
@@ -284,7 +284,7 @@ def test_first_basis_that_cannot_be_trusted_is_refused_counted_and_tried_again(
     failure: int,
 ) -> None:
     step = step_with_failing_refresh()
-    grads = matrices()
+    grads = gradients_of_a_matrix()
     _, state = step(grads[0], init(grads[0]), FREQUENCY, failure)
     for call in (1, 2):
         updates, state = step(grads[call], state, FREQUENCY, failure)
@@ -305,7 +305,7 @@ def test_first_basis_that_cannot_be_trusted_is_refused_counted_and_tried_again(
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_refresh_that_cannot_be_trusted_is_refused_counted_and_tried_again(failure: int) -> None:
     step = step_with_failing_refresh()
-    grads = matrices()
+    grads = gradients_of_a_matrix()
     before = init(grads[0])
     for grad in grads[:4]:
         _, before = step(grad, before, FREQUENCY, SOUND)
@@ -379,7 +379,7 @@ def test_refresh_from_a_factor_that_is_not_finite_is_refused_and_a_sound_factor_
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
 def test_sound_basis_of_a_factor_that_is_not_finite_is_refused(value: float, call: int) -> None:
     """LAPACK returns one for some matrices that hold a NaN, so that the factor is what counts."""
-    step, grads = step_with_failing_refresh(), matrices()
+    step, grads = step_with_failing_refresh(), gradients_of_a_matrix()
     state = init(grads[0])
     for grad in grads[:call]:
         _, state = step(grad, state, FREQUENCY, SOUND)

@@ -87,16 +87,14 @@ def shapes_of(model: Model) -> dict[str, Any]:
 
 
 def specs_of(params: Any, mesh: Mesh) -> Any:
-    """Matrices split over all chips: along their longest axis, or else along both of them."""
+    """Matrices of layers split along both axes, tables of embeddings along the longest."""
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
-        batch, last_two = leaf.shape[:-2], leaf.shape[-2:]
-        if len(leaf.shape) == 2 and leaf.shape[0] < 100:
+        if len(leaf.shape) == 3:
+            return P(None, *mesh.axis_names)
+        if leaf.shape[0] < 100:
             return P()  # Norms.
-        longest = int(last_two[1] > last_two[0])
-        if last_two[longest] % mesh.size:
-            return P(*[None] * len(batch), *mesh.axis_names)
-        return P(*[None] * (len(batch) + longest), mesh.axis_names)
+        return P(*[None] * int(leaf.shape[1] > leaf.shape[0]), mesh.axis_names)
 
     return jax.tree.map(spec, params)
 

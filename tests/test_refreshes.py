@@ -1,0 +1,338 @@
+"""How bases follow their factors: the methods, what they carry along, and what they refuse."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, get_args
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import soap_optax
+from soap_optax import block, matrices, refreshes
+from soap_optax.matrices import times
+
+METHODS = get_args(refreshes.Method)
+FULL = tuple(refreshes.FULL)
+
+# Entries of orthonormal matrices and of their products, after some ten operations in float32.
+ROUNDING = 1e-5
+
+
+@functools.cache
+def turned_by(method: str) -> Callable[[Any, Any], refreshes.Turned]:
+    full = refreshes.FULL[method]
+    return jax.jit(lambda factor, basis: full(factor, basis, times(factor, basis)))
+
+
+def random_basis(d: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+
+
+def factor_of(basis: np.ndarray, eigenvalues: np.ndarray) -> jax.Array:
+    return jnp.asarray(basis * eigenvalues @ basis.T, jnp.float32)
+
+
+def near(basis: np.ndarray, distance: float, seed: int = 1) -> jax.Array:
+    """A basis that is turned away from another by a random rotation."""
+    noise = distance * np.random.default_rng(seed).normal(size=basis.shape)
+    return jnp.asarray(np.linalg.qr(basis + basis @ (noise - noise.T))[0], jnp.float32)
+
+
+def mass(factor: jax.Array, basis: jax.Array) -> float:
+    rotated = np.asarray(basis, np.float64).T @ np.asarray(factor, np.float64) @ basis
+    off = rotated - np.diag(np.diag(rotated))
+    return float(np.linalg.norm(off) / np.linalg.norm(rotated))
+
+
+# The methods.
+
+
+@pytest.mark.parametrize("d", [2, 3, 24, 40])
+@pytest.mark.parametrize("method", FULL)
+def test_every_method_takes_a_basis_nearer_to_the_eigenvectors_and_keeps_it_orthonormal(
+    method: str, d: int
+) -> None:
+    vectors = random_basis(d)
+    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, d))
+    basis = near(vectors, 0.02)
+    before = mass(factor, basis)
+    turned = turned_by(method)(factor, basis)
+    # Neighbouring eigenvalues are 10% apart for d = 40, where one QR gains a tenth.
+    assert mass(factor, turned.basis) < 0.95 * before
+    assert np.abs(turned.basis.T @ turned.basis - np.eye(d)).max() < ROUNDING
+    assert sorted(turned.order.tolist()) == list(range(d))
+
+
+@pytest.mark.parametrize("method", FULL)
+def test_every_method_finds_the_eigenvectors_of_a_still_factor_in_the_end(method: str) -> None:
+    vectors = random_basis(12)
+    factor = factor_of(vectors, 2.0 ** -np.arange(12))
+    basis = jnp.eye(12)
+    for _ in range(40):
+        basis = turned_by(method)(factor, basis).basis
+    assert mass(factor, basis) < ROUNDING
+    found = np.sort(np.abs(vectors.T @ basis).max(axis=1))
+    # The smallest eigenvalue is 2^-11, and its vector known to 1e-7 * 2^11.
+    np.testing.assert_allclose(found, 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "eigh"])
+def test_columns_come_out_in_descending_order_and_the_order_says_where_they_were(
+    method: str,
+) -> None:
+    vectors = random_basis(6)
+    factor = factor_of(vectors, 2.0 ** -np.arange(6))
+    shuffled = [3, 0, 5, 1, 4, 2]
+    basis = jnp.asarray(vectors[:, shuffled], jnp.float32)
+    turned = turned_by(method)(factor, basis)
+    assert [shuffled[column] for column in turned.order] == list(range(6))
+    np.testing.assert_allclose(np.abs(turned.basis), np.abs(vectors), atol=ROUNDING)
+
+
+def test_jacobi_sweeps_keep_columns_in_their_places() -> None:
+    vectors = random_basis(6)
+    factor = factor_of(vectors, 2.0 ** -np.arange(6))
+    basis = jnp.asarray(vectors[:, [3, 0, 5, 1, 4, 2]], jnp.float32)
+    turned = turned_by("jacobi")(factor, basis)
+    np.testing.assert_allclose(turned.basis, basis, atol=ROUNDING)
+    assert turned.order.tolist() == list(range(6))
+
+
+def test_one_angle_is_the_classical_jacobi_rotation() -> None:
+    rotated = jnp.array([[3.0, 0.5], [0.5, 1.0]])
+    angle = 0.5 * np.arctan2(2 * 0.5, 3.0 - 1.0)
+    tangents = refreshes.rotation_angles(rotated)
+    np.testing.assert_allclose(tangents[1, 0], np.tan(angle), rtol=1e-6)
+    np.testing.assert_array_equal(tangents, -tangents.T)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    diagonal = turn.T @ np.asarray(rotated) @ turn
+    assert abs(diagonal[0, 1]) < 1e-6
+
+
+@hypothesis.given(d=st.integers(2, 9), seed=st.integers(0, 99), decades=st.floats(0, 12))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_angles_are_antisymmetric_bounded_and_finite(d: int, seed: int, decades: float) -> None:
+    rng = np.random.default_rng(seed)
+    half = rng.normal(size=(d, d)) * 10.0 ** -rng.uniform(0, decades, size=d)
+    for rotated in (half @ half.T, np.zeros((d, d)), np.ones((d, d)), 1e30 * half @ half.T):
+        angles = np.asarray(refreshes.rotation_angles(jnp.asarray(rotated, jnp.float32)))
+        np.testing.assert_array_equal(angles, -angles.T)
+        # Columns are scaled to a norm of one half, and rounding may add some units of 6e-8.
+        assert np.linalg.norm(angles, axis=0).max() <= 0.5 + 1e-6
+
+
+def test_sweeps_go_on_only_while_there_is_something_left() -> None:
+    """One sweep, where little is off the diagonal, squares it; three do as well as an eigh."""
+    vectors = random_basis(24)
+    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 24))
+    little, much = near(vectors, 0.002), near(vectors, 0.1)
+    assert mass(factor, little) < refreshes.ENOUGH < mass(factor, much)
+    assert mass(factor, turned_by("jacobi")(factor, little).basis) < 0.2 * mass(factor, little)
+    assert mass(factor, turned_by("jacobi")(factor, much).basis) < 0.2 * mass(factor, much)
+
+
+def test_cholesky_qr_is_qr_up_to_signs() -> None:
+    vectors = random_basis(24)
+    factor = factor_of(vectors, 10.0 ** -np.linspace(0, 3, 24))
+    basis = near(vectors, 0.01)
+    fast, sound = (turned_by(method)(factor, basis) for method in ("cholesky_qr", "qr"))
+    assert fast.order.tolist() == sound.order.tolist()
+    # Condition numbers of 1e3 cost three of float32's seven digits.
+    np.testing.assert_allclose(np.abs(fast.basis), np.abs(sound.basis), atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_cholesky_qr_falls_back_to_qr_where_the_factor_has_no_full_rank(rank: int) -> None:
+    vectors = random_basis(40)
+    factor = factor_of(vectors, np.arange(40) < rank)
+    direct = matrices.orthonormal_factor_by_cholesky(times(factor, jnp.eye(40)))
+    assert not matrices.is_orthonormal(direct)
+    fast, sound = (turned_by(name)(factor, jnp.eye(40)) for name in ("cholesky_qr", "qr"))
+    np.testing.assert_allclose(fast.basis, sound.basis, atol=ROUNDING)
+    assert matrices.is_orthonormal(fast.basis)
+
+
+# The partial refresh.
+
+
+@pytest.mark.parametrize("d", [2, 31, 32, 37, 64])
+def test_partial_refreshes_meet_every_pair_of_columns(d: int) -> None:
+    met = np.zeros((d, d), bool)
+    columns_in_turn = jax.jit(refreshes.columns_in_turn, static_argnums=0)
+    rounds = 3 if d % refreshes.CHUNKS else 1
+    for turn in range(len(refreshes.PAIRS) * rounds):
+        columns = np.asarray(columns_in_turn(d, turn))
+        assert len(set(columns)) == len(columns) == (d if d < 32 else d // 8 * 2)
+        assert columns.min() >= 0
+        assert columns.max() < d
+        met[np.ix_(columns, columns)] = True
+    # A round leaves out the few columns by which eight chunks are too short, and the next others.
+    assert met.all()
+
+
+def test_a_partial_refresh_turns_its_columns_and_leaves_the_others_alone() -> None:
+    vectors = random_basis(40)
+    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 40))
+    basis = near(vectors, 0.05)
+    columns = refreshes.columns_in_turn(40, jnp.int32(3))
+    part = refreshes.turn_columns(factor, basis, columns)
+    others = np.setdiff1d(np.arange(40), columns)
+    np.testing.assert_array_equal(part.basis[:, others], basis[:, others])
+    assert part.order[others].tolist() == others.tolist()
+    rotated = np.asarray(part.basis.T @ factor @ part.basis)[np.ix_(columns, columns)]
+    assert np.abs(rotated - np.diag(np.diag(rotated))).max() < ROUNDING
+    mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
+    turned = refreshes.turn_moment(mu, 1, columns, part.turn)
+    np.testing.assert_allclose(turned @ part.basis.T, mu @ basis.T, atol=ROUNDING)
+
+
+def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
+    vectors = random_basis(40)
+    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 40))
+    basis = near(vectors, 0.05)
+    masses = [mass(factor, basis)]
+    for turn in range(4 * len(refreshes.PAIRS)):
+        columns = refreshes.columns_in_turn(40, jnp.int32(turn))
+        basis = refreshes.turn_columns(factor, basis, columns).basis
+        masses.append(mass(factor, basis))
+    assert masses[28] < 0.5 * masses[0]
+    assert masses[-1] < 1e-3
+    assert matrices.is_orthonormal(basis)
+
+
+# The guard.
+
+
+@pytest.mark.parametrize("d", [8, 32, 33, 200])
+def test_the_probed_departure_sees_what_is_there(d: int) -> None:
+    basis = jnp.asarray(random_basis(d), jnp.float32)
+    tolerance = matrices.orthonormality_tolerance(basis)
+    assert matrices.probed_departure(basis) < tolerance / 10
+    for spoiled in (
+        basis.at[-1, 0].set(jnp.nan),
+        basis.at[0, -1].set(jnp.inf),
+        basis * 1.001,
+        basis.at[:, 0].set(basis[:, 1]),
+        basis.at[:, 0].add(3 * tolerance * basis[:, 1]),
+        jnp.zeros_like(basis),
+    ):
+        assert not matrices.is_orthonormal(spoiled)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("d", [5, 40])
+def test_newton_schulz_finds_the_nearest_orthonormal_matrix(d: int, scale: float) -> None:
+    rng = np.random.default_rng(d)
+    noise = 0.2 * rng.normal(size=(d, d))
+    matrix = scale * random_basis(d) @ (np.eye(d) + noise - noise.T)
+    left, _, right = np.linalg.svd(matrix)
+    found = matrices.nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
+    if scale < 1:  # Singular values grow by one half at a time: twenty times suffice for 1e-3.
+        assert matrices.is_orthonormal(found)
+    # The root of the machine epsilon times the condition of the matrix, which is below ten.
+    np.testing.assert_allclose(found, left @ right, atol=1e-3)
+
+
+def test_a_basis_that_drifts_is_made_orthonormal_and_another_one_not_touched() -> None:
+    basis = jnp.asarray(random_basis(40), jnp.float32)
+    np.testing.assert_array_equal(matrices.polished(basis), basis)
+    drifted = basis * (1 + 2e-4)
+    assert matrices.departure_from_orthonormality(matrices.polished(drifted)) < ROUNDING
+
+
+# In the optimizer.
+
+
+def gradients(count: int, shape: tuple[int, ...] = (40, 6), seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    scales = np.multiply.outer(*[2.0 ** -np.linspace(0, 3, d) for d in shape])
+    return jnp.asarray(rng.normal(size=(count, *shape)) * scales, jnp.float32)
+
+
+@functools.cache
+def runner(**options: Any) -> Callable[..., Any]:
+    """Updates and states of all steps."""
+    optimizer = soap_optax.scale_by_soap(**options)
+
+    @jax.jit
+    def run(grads: jax.Array) -> Any:
+        def step(state: Any, grad: jax.Array) -> Any:
+            updates, state = optimizer.update(grad, state)
+            return state, (updates, state)
+
+        return jax.lax.scan(step, optimizer.init(grads[0]), grads)[1]
+
+    return run
+
+
+def stack_of(states: Any) -> Any:
+    ((_, stack),) = states.stacks.items()
+    return stack
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_moment_keeps_its_direction_through_every_refresh(method: str) -> None:
+    grads = gradients(12)
+    _, states = runner(refresh=method, precondition_frequency=3)(grads)
+    stack = stack_of(states)
+    assert stack.refreshes[-1].tolist() == [4]
+    assert stack.refused_refreshes[-1].tolist() == [0]
+    wanted = np.zeros(grads.shape[1:])
+    for call, grad in enumerate(grads):
+        wanted = 0.95 * wanted + 0.05 * np.asarray(grad) * (call > 0)
+        bases = [basis[call, 0] for basis in stack.bases]
+        found = block.rotate_back(stack.mu[call, 0], bases, (0, 1))
+        np.testing.assert_allclose(found, wanted, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_follow_factors_and_stay_orthonormal(method: str) -> None:
+    grads = gradients(120)
+    _, states = runner(refresh=method, precondition_frequency=1)(grads)
+    stack = stack_of(states)
+    for factors, bases in zip(stack.factors, stack.bases, strict=True):
+        found, idle = (mass(factors[-1, 0], bases[call, 0]) for call in (-1, 1))
+        # The last gradient's turn is left to do, and more where a quarter turns at a time.
+        assert found < (0.8 if method == "partial" else 0.4) * idle
+        assert matrices.departure_from_orthonormality(bases[-1, 0]) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_without_full_rank_are_refreshed_all_the_same(method: str) -> None:
+    left, right = np.random.default_rng(0).normal(size=(2, 40, 1))
+    grads = jnp.asarray(np.stack([left @ right[:9].T * size for size in (1, 3, 2, 1, 5, 1)]))
+    updates, states = runner(refresh=method, precondition_frequency=1)(grads.astype(jnp.float32))
+    stack = stack_of(states)
+    assert stack.refreshes[-1].tolist() == [5]
+    assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refresh_from_a_factor_that_is_not_finite_is_refused_by_every_method(
+    method: str,
+) -> None:
+    grads = gradients(6)
+    optimizer = soap_optax.scale_by_soap(refresh=method, precondition_frequency=1)
+    update = jax.jit(optimizer.update)
+    state: Any = optimizer.init(grads[0])
+    for grad in grads[:4]:
+        _, state = update(grad, state)
+    stack = stack_of(state)
+    for value in (jnp.nan, jnp.inf):
+        factors = (stack.factors[0].at[0, 1, 2].set(value), stack.factors[1])
+        planted = state._replace(stacks={"40x6": stack._replace(factors=factors)})
+        updates, after = update(grads[4], planted)
+        kept = stack_of(after)
+        assert kept.refused_refreshes.tolist() == [1]
+        assert kept.refreshes.tolist() == stack.refreshes.tolist()
+        assert np.isfinite(updates).all()
+        for new, old in zip(kept.bases, stack.bases, strict=True):
+            np.testing.assert_array_equal(new, old)
+        # The next one starts from the basis that was kept.
+        healed = after._replace(stacks={"40x6": kept._replace(factors=stack.factors)})
+        _, after = update(grads[5], healed)
+        assert stack_of(after).refreshes.tolist() == [int(stack.refreshes[0]) + 1]

@@ -1,0 +1,223 @@
+"""When a block's bases are refreshed: skipped where they are near, in turns, before or after."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import soap_optax
+from soap_optax import execution
+
+SHAPE = (12, 5)
+NAME = "12x5"
+ROUNDING = 1e-5  # Of updates of size one in two programs.
+
+
+def gradients(count: int, blocks: int = 1, seed: int = 0) -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(seed)
+    scales = np.multiply.outer(*[2.0 ** -np.linspace(0, 3, d) for d in SHAPE])
+    return [
+        {
+            f"{block:03}": jnp.asarray(rng.normal(size=SHAPE) * scales, jnp.float32)
+            for block in range(blocks)
+        }
+        for _ in range(count)
+    ]
+
+
+@functools.cache
+def step_of(**options: Any) -> Callable[..., Any]:
+    """A step that takes the frequency and the tolerance as operands."""
+
+    @jax.jit
+    def step(grads: Any, state: Any, frequency: int, tolerance: float | None = None) -> Any:
+        optimizer = soap_optax.scale_by_soap(
+            precondition_frequency=frequency, refresh_tolerance=tolerance, **options
+        )
+        return optimizer.update(grads, state)
+
+    return step
+
+
+def run(grads: list[Any], frequency: int, tolerance: float | None = None, **options: Any) -> Any:
+    """The updates and the stacks of all steps."""
+    state = soap_optax.scale_by_soap(**options).init(grads[0])
+    updates, stacks = [], []
+    for grad in grads:
+        update, state = step_of(**options)(grad, state, frequency, tolerance)
+        updates.append(update)
+        stacks.append(state.stacks[NAME])
+    return updates, stacks
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ROUNDING), found, wanted)
+
+
+# Skipping.
+
+
+def test_a_tolerance_of_one_keeps_the_first_bases_for_good() -> None:
+    grads = gradients(10)
+    _, stacks = run(grads, 2, 1.0)
+    assert stacks[-1].refreshes.tolist() == [1]
+    assert stacks[-1].refused_refreshes.tolist() == [0]
+    for kept, first in zip(stacks[-1].bases, stacks[1].bases, strict=True):
+        np.testing.assert_array_equal(kept, first)
+
+
+def test_a_kept_block_goes_on_as_if_it_had_not_been_due() -> None:
+    grads = gradients(10)
+    kept, _ = run(grads, 2, 1.0)
+    never, _ = run(grads, 1000)
+    assert_close(kept, never)
+
+
+@pytest.mark.parametrize("method", ["qr", "jacobi", "eigh", "cholesky_qr"])
+def test_a_tolerance_of_zero_skips_nothing(method: Any) -> None:
+    grads = gradients(8)
+    skipping, stacks = run(grads, 2, 0.0, refresh=method)
+    plain, wanted = run(grads, 2, refresh=method)
+    assert stacks[-1].refreshes.tolist() == wanted[-1].refreshes.tolist() == [4]
+    assert_close(skipping, plain)
+
+
+def test_only_blocks_beyond_the_tolerance_are_refreshed_and_each_when_it_is_due() -> None:
+    """The measure is that of `diagnostics`, over the factors of the block."""
+    grads = gradients(30, blocks=4)
+    tolerance, frequency = 0.3, 3
+    state: Any = soap_optax.scale_by_soap().init(grads[0])
+    skipped = refreshed = 0
+    for call, grad in enumerate(grads):
+        before = state.stacks[NAME]
+        _, state = step_of()(grad, state, frequency, tolerance)
+        after = state.stacks[NAME]
+        for number in range(4):
+            adopted = int(after.refreshes[number] - before.refreshes[number])
+            if call <= 1 or before.age[number] < frequency:
+                assert adopted == (call == 1)
+                continue
+            assert after.age[number] == 1
+            masses = [
+                off_diagonal_mass(factor[number], basis[number])
+                for factor, basis in zip(before.factors, before.bases, strict=True)
+            ]
+            # Measured here in float64, there in float32.
+            if abs(max(masses) - tolerance) > 1e-5:
+                assert adopted == (max(masses) > tolerance)
+            refreshed += adopted
+            skipped += 1 - adopted
+    assert min(skipped, refreshed) >= 5  # So that the test has seen both.
+
+
+def off_diagonal_mass(factor: Any, basis: Any) -> float:
+    basis = np.asarray(basis, np.float64)
+    rotated = basis.T @ np.asarray(factor, np.float64) @ basis
+    return float(np.linalg.norm(rotated - np.diag(np.diag(rotated))) / np.linalg.norm(rotated))
+
+
+def test_a_factor_that_is_not_finite_is_refused_and_not_skipped() -> None:
+    grads = gradients(5)
+    _, stacks = run(grads[:4], 1, 1.0)
+    state: Any = soap_optax.scale_by_soap().init(grads[0])
+    factors = (stacks[-1].factors[0].at[0, 1, 2].set(jnp.nan), stacks[-1].factors[1])
+    planted = state._replace(
+        stacks={NAME: stacks[-1]._replace(factors=factors)}, count=jnp.int32(4)
+    )
+    _, after = step_of()(grads[4], planted, 1, 1.0)
+    assert after.stacks[NAME].refused_refreshes.tolist() == [1]
+
+
+def test_the_tolerance_may_be_injected() -> None:
+    optimizer = optax.inject_hyperparams(
+        soap_optax.scale_by_soap, static_args=soap_optax.STATIC_ARGS[1:]
+    )(refresh_tolerance=0.5)
+    state: Any = optimizer.init(gradients(1)[0])
+    assert float(state.hyperparams["refresh_tolerance"]) == 0.5
+
+
+# Turns.
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 7])
+def test_staggered_blocks_refresh_as_if_each_had_begun_at_another_time(frequency: int) -> None:
+    """Block by block, the run is one without turns whose ages were set after the first bases."""
+    grads = gradients(20, blocks=5)
+    found, stacks = run(grads, frequency, stagger=True)
+    first_ages = execution.ages_in_turn(range(5), jnp.int32(frequency))
+
+    state: Any = soap_optax.scale_by_soap().init(grads[0])
+    for call, grad in enumerate(grads):
+        update, state = step_of()(grad, state, frequency)
+        if call == 1:  # The first update is taken in the same call as the bases.
+            stack = state.stacks[NAME]._replace(age=1 + first_ages)
+            state = state._replace(stacks={NAME: stack})
+        assert_close(found[call], update)
+        assert stacks[call].refreshes.tolist() == state.stacks[NAME].refreshes.tolist()
+    assert stacks[-1].refreshes.min() >= 1 + 18 // frequency
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 12, 48, 100])
+@pytest.mark.parametrize("start", [0, 7, 123])
+def test_turns_are_spread_evenly_over_the_cycle_for_any_consecutive_blocks(
+    start: int, blocks: int
+) -> None:
+    for frequency in (1, 2, 5, 10, 100):
+        numbers = range(start, start + blocks)
+        ages = np.asarray(execution.ages_in_turn(numbers, jnp.int32(frequency)))
+        assert ages.min() >= 0
+        assert ages.max() < frequency
+        counts = np.bincount(ages, minlength=frequency)
+        # Three distances between neighbours, the largest at most 2.7 times the smallest.
+        assert counts.max() <= np.ceil(blocks / frequency) + 1
+        if blocks >= 4 * frequency:
+            assert counts.min() >= np.floor(blocks / frequency) - 1
+
+
+def test_no_step_refreshes_many_more_blocks_than_another() -> None:
+    grads = gradients(33, blocks=24)
+    _, stacks = run(grads, 10, stagger=True)
+    totals = [int(stack.refreshes.sum()) for stack in stacks]
+    in_a_step = np.diff(totals)[-30:]  # After the first bases, which are made all at once.
+    assert in_a_step.sum() == 24 * 3
+    assert in_a_step.max() <= 1.5 * np.median(in_a_step)
+
+
+# Before or after the gradient.
+
+
+def test_a_refresh_after_the_gradient_sees_it_and_one_before_does_not() -> None:
+    grads = gradients(3)
+    other = [*grads[:2], {"000": 10 * grads[2]["000"][::-1]}]
+    for order, sees in (("before_gradient", False), ("after_gradient", True)):
+        _, stacks = run(grads, 1, refresh_order=order)
+        _, others = run(other, 1, refresh_order=order)
+        assert stacks[2].refreshes.tolist() == [2]
+        differs = np.abs(stacks[2].bases[0] - others[2].bases[0]).max() > 1e-3
+        assert differs == sees
+
+
+def test_both_orders_have_the_same_factors() -> None:
+    grads = gradients(6)
+    _, before = run(grads, 2)
+    _, after = run(grads, 2, refresh_order="after_gradient")
+    for call in range(6):
+        assert_close(after[call].factors, before[call].factors)
+
+
+def test_a_refused_gradient_changes_nothing_in_either_order() -> None:
+    grads = gradients(5)
+    bad = {"000": grads[0]["000"].at[0, 0].set(jnp.nan)}
+    for order in ("before_gradient", "after_gradient"):
+        updates, stacks = run([*grads[:4], bad], 1, refresh_order=order)
+        assert not np.asarray(updates[-1]["000"]).any()
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            stacks[-1]._replace(refused_gradients=stacks[-2].refused_gradients),
+            stacks[-2],
+        )
