@@ -105,6 +105,11 @@ def static_options(draw: st.DrawFn) -> dict[str, Any]:
         "merge_dims": draw(st.booleans()),
         "normalize_grads": draw(st.booleans()),
         "correct_bias": draw(st.booleans()),
+        "refresh": draw(st.sampled_from(["qr", "eigh"])),
+        "refresh_order": draw(st.sampled_from(["before_gradient", "after_gradient"])),
+        "one_sided": draw(st.booleans()),
+        "factored": draw(st.booleans()),
+        "fold_factors": draw(st.booleans()),
     }
 
 
@@ -137,13 +142,17 @@ def test_every_step_agrees_with_the_reference_on_any_tree_with_any_options(
     scale: float,
     seed: int,
 ) -> None:
-    grads = random_grads(shapes, seed, scale)
+    assert_agreement(random_grads(shapes, seed, scale), static, traced)
+
+
+def assert_agreement(grads: Tree, static: dict[str, Any], traced: list[dict[str, Any]]) -> None:
+    """Compares all steps from factors of full rank, for each choice of numbers."""
     run = compile_run(**static)
-    reference_static = dict(static)
-    block_size = reference_static.pop("block_size")
+    changes_result = {name: static[name] for name in static if name != "fold_factors"}
+    block_size = changes_result.pop("block_size", None)
     for numbers in traced:
         directions, _ = run(grads, **numbers)
-        options = reference.Options(**reference_static, **numbers)
+        options = reference.Options(**changes_result, **numbers)
         for name, leaf_grads in grads.items():
             expected = reference.run_in_tiles(
                 leaf_grads,
@@ -151,7 +160,36 @@ def test_every_step_agrees_with_the_reference_on_any_tree_with_any_options(
                 block_size=block_size,
                 initial_factor=helpers.full_rank_factor,
             )
-            np.testing.assert_allclose(directions[name], expected, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(
+                directions[name], expected, rtol=0, atol=TOLERANCE, err_msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refresh": "eigh", "factored": True},
+        {"refresh_order": "after_gradient", "one_sided": True, "fold_factors": True},
+        {
+            "refresh": "eigh",
+            "refresh_order": "after_gradient",
+            "one_sided": True,
+            "factored": True,
+            "block_size": 4,
+        },
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_option_agrees_with_the_reference_on_every_kind_of_leaf(
+    options: dict[str, Any],
+) -> None:
+    # A square and a wide matrix, an axis too long for a factor, and one of length 1; three
+    # dimensions, of which two are the shortest; a vector with a factor and one without.
+    shapes = [(5, 5), (4, 7), (9, 6), (1, 5), (3, 4, 3), (6,), (9,)]
+    static = {"max_precond_dim": 8, "precondition_1d": True, **options}
+    numbers = {"b1": 0.9, "b2": 0.95, "shampoo_beta": 0.9}
+    traced = [{"precondition_frequency": frequency, **numbers} for frequency in (1, 4)]
+    assert_agreement(random_grads(shapes, seed=4), static, traced)
 
 
 # Shapes whose first Gram matrices have full rank: no axis is longer than the others' product.
