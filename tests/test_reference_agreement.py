@@ -234,7 +234,7 @@ def test_bases_in_use_are_those_left_by_a_refresh_at_the_end_of_the_previous_ste
         mu = reference.rotate_back(np.asarray(stack.mu[call, 0]), bases)
         np.testing.assert_allclose(mu, state.mu, atol=TOLERANCE)
         if call % frequency != 0:  # Else the reference has permuted it already, for the next step.
-            np.testing.assert_allclose(stack.nu[call, 0], state.nu, atol=TOLERANCE)
+            np.testing.assert_allclose(np.asarray(stack.nu)[call, 0], state.nu, atol=TOLERANCE)
         assert stack.refreshes[call, 0] == 1 + (call - 1) // frequency
 
 
