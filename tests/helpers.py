@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import soap_optax
+from soap_optax import folding
 
 _GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -109,14 +110,14 @@ def full_rank_factor(length: int) -> np.ndarray:
 def put_full_rank_factors(state: Any) -> Any:
     """Puts `full_rank_factor` into every stack of an optimizer's state."""
 
-    def fill(factor: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(
-            jnp.asarray(full_rank_factor(factor.shape[-1]), factor.dtype), factor.shape
-        )
+    def fill(factor: jax.Array, basis: jax.Array) -> jax.Array:
+        full = jnp.asarray(full_rank_factor(basis.shape[-1]), factor.dtype)
+        stored = full if factor.shape == basis.shape else folding.fold(full)
+        return jnp.broadcast_to(stored, factor.shape)
 
     def put(soap_state: soap_optax.ScaleBySoapState) -> soap_optax.ScaleBySoapState:
         stacks = {
-            name: stack._replace(factors=tuple(fill(factor) for factor in stack.factors))
+            name: stack._replace(factors=tuple(map(fill, stack.factors, stack.bases)))
             for name, stack in soap_state.stacks.items()
         }
         return soap_state._replace(stacks=stacks)

@@ -10,6 +10,8 @@ what                   here                                in the library
 unit of work           one leaf                            a stack of equal blocks
 refresh                at the end of the step that made    at the start of the next step, from
                        it due                              the stored factors
+factored second        every entry, and reduced to its     its marginals
+moment                 marginals where it is used
 first moment ``mu``    the parameters' coordinates, into   the eigenbasis' coordinates, expressed
                        the eigenbasis at every step        anew at a refresh
 axes of length 1       a 1x1 factor like any other axis    no factor
@@ -24,6 +26,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -45,6 +48,10 @@ class Options:
     merge_dims: bool = False
     normalize_grads: bool = False
     correct_bias: bool = True
+    refresh: Literal["qr", "eigh"] = "qr"
+    refresh_order: Literal["before_gradient", "after_gradient"] = "before_gradient"
+    one_sided: bool = False
+    factored: bool = False
 
 
 @dataclasses.dataclass
@@ -55,7 +62,7 @@ class LeafState:
     bases: Matrices | None  # Columns are eigenvectors, by descending eigenvalue; None before any.
     mu: np.ndarray  # First moment, in the parameters' coordinates.
     nu: np.ndarray  # Second moment, in the eigenbasis' coordinates.
-    updates: int = 0  # Applied so far, which leaves out the first call.
+    calls: int = 0  # So far, the first one included, which applies no update.
 
 
 def merged(shape: Shape, limit: int) -> Shape:
@@ -81,7 +88,12 @@ def preconditioned_axes(shape: Shape, options: Options) -> list[int]:
     if len(shape) <= 1 and not options.precondition_1d:
         return []
     lengths = shape_of_work(shape, options)
-    return [axis for axis, length in enumerate(lengths) if length <= options.max_precond_dim]
+    axes = [axis for axis, length in enumerate(lengths) if length <= options.max_precond_dim]
+    if options.one_sided:
+        # A side of length 1 has nothing to precondition, so that it is not the one.
+        shortest = min((lengths[axis] for axis in axes if lengths[axis] > 1), default=1)
+        axes = [axis for axis in axes if lengths[axis] == shortest][:1]
+    return axes
 
 
 def init(shape: Shape, options: Options, initial_factors: Matrices | None = None) -> LeafState:
@@ -103,32 +115,40 @@ def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
     """Moves `state` on by one call and returns the direction, to be subtracted times a rate."""
     shape = grad.shape
     grad = grad.reshape(state.mu.shape)
+    bases_see_gradient = options.refresh_order == "after_gradient"
+    updates = state.calls  # Applied so far, this one included.
+    state.calls += 1
 
-    if state.bases is None:
-        # The first call fills the factors, computes the first basis and moves nothing.
+    if updates == 0 or bases_see_gradient:
         update_factors(grad, state, options)
-        state.bases = {axis: eigenvectors(factor) for axis, factor in state.factors.items()}
+    if updates == 0:  # The first call moves nothing.
+        if not bases_see_gradient:
+            refresh(state, options)
         return np.zeros(shape)
+    if bases_see_gradient and (updates - 1) % options.precondition_frequency == 0:
+        refresh(state, options)
+    assert state.bases is not None
 
     # G' = Q_L^T G Q_R and M' = Q_L^T M Q_R
-    state.updates += 1
     state.mu = options.b1 * state.mu + (1 - options.b1) * grad
     rotated_grad = rotate(grad, state.bases)
     rotated_mu = rotate(state.mu, state.bases)
 
     # N = Q_L (M' / sqrt(V)) Q_R^T
     state.nu = options.b2 * state.nu + (1 - options.b2) * rotated_grad**2
-    direction = rotate_back(rotated_mu / (np.sqrt(state.nu) + options.eps), state.bases)
+    root = np.sqrt(second_moment(state, options))
+    direction = rotate_back(rotated_mu / (root + options.eps), state.bases)
 
     if options.normalize_grads:
         root_mean_square = math.sqrt(np.mean(direction**2))
         direction = direction / root_mean_square if root_mean_square > 0 else direction
     if options.correct_bias:
-        direction *= math.sqrt(1 - options.b2**state.updates) / (1 - options.b1**state.updates)
+        direction *= math.sqrt(1 - options.b2**updates) / (1 - options.b1**updates)
 
-    update_factors(grad, state, options)
-    if state.updates % options.precondition_frequency == 0:
-        refresh(state)
+    if not bases_see_gradient:
+        update_factors(grad, state, options)
+        if updates % options.precondition_frequency == 0:
+            refresh(state, options)
     return direction.reshape(shape)
 
 
@@ -148,17 +168,37 @@ def eigenvectors(factor: np.ndarray) -> np.ndarray:
     return vectors[:, ::-1]
 
 
-def refresh(state: LeafState) -> None:
-    """One step of orthogonal iteration for every basis, warm from the one before (Algorithm 4)."""
-    assert state.bases is not None
+def refresh(state: LeafState, options: Options) -> None:
+    """The first bases, or one step of orthogonal iteration from those before (Algorithm 4).
+
+    In place of that step the paper also tries the exact eigenvectors: ranks match columns then.
+    """
+    if state.bases is None:
+        state.bases = {axis: eigenvectors(factor) for axis, factor in state.factors.items()}
+        return
     bases = {}
     for axis, factor in state.factors.items():
         basis = state.bases[axis]
         estimated_eigenvalues = np.diag(basis.T @ factor @ basis)
         descending = np.argsort(-estimated_eigenvalues, kind="stable")
         state.nu = np.take(state.nu, descending, axis)
-        bases[axis], _ = np.linalg.qr(factor @ basis[:, descending])
+        if options.refresh == "eigh":
+            bases[axis] = eigenvectors(factor)
+        else:
+            bases[axis], _ = np.linalg.qr(factor @ basis[:, descending])
     state.bases = bases
+
+
+def second_moment(state: LeafState, options: Options) -> np.ndarray:
+    """V, or of preconditioned leaves the product of its marginals, scaled to its mean."""
+    axes, total = range(state.nu.ndim), np.mean(state.nu)
+    if not options.factored or all(len(factor) == 1 for factor in state.factors.values()):
+        return state.nu
+    estimate = np.ones(())
+    for axis in axes:
+        mean = np.mean(state.nu, axis=tuple(other for other in axes if other != axis))
+        estimate = np.multiply.outer(estimate, mean)
+    return estimate / total ** (len(axes) - 1) if total > 0 else estimate
 
 
 def rotate(array: np.ndarray, bases: Mapping[int, np.ndarray]) -> np.ndarray:

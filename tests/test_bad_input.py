@@ -62,7 +62,21 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     (("stack_multiple",), [0, -8], "must be at least 1", "1 pads nothing"),
     (("block_size",), [10001], "must be at most max_precond_dim (10000)", "lower block_size"),
     (
-        ("mu_dtype",),
+        ("refresh_tolerance",),
+        [-0.1, 1.5, np.nan, np.inf, jnp.float32(-1)],
+        "must be in [0, 1]",
+        "None skips nothing",
+    ),
+    (("refresh",), ["QR", "newton", ""], "must be one of 'qr', 'cholesky_qr', 'eigh'", ""),
+    (("refresh_order",), ["before", "qr"], "must be one of 'before_gradient', 'after_", ""),
+    (
+        ("precision",),
+        ["HIGHEST", "bogus", 3, True, jnp.float32, ("high",), ["high", "high"]],
+        "must be None or one that jax.lax.dot takes",
+        "'highest'",
+    ),
+    (
+        ("mu_dtype", "preconditioner_dtype"),
         [np.float16, jnp.float8_e4m3fn, "float8_e5m2"],
         "must be as wide in range as float32",
         "jnp.bfloat16",
@@ -99,13 +113,34 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         STATIC,
     ),
     (
-        ("precondition_1d", "merge_dims", "normalize_grads", "correct_bias"),
+        (
+            *("precondition_1d", "merge_dims", "normalize_grads", "correct_bias"),
+            *("stagger", "one_sided", "factored", "fold_factors"),
+        ),
         [1, 0, None, "yes", np.True_, jnp.asarray(True)],
         "must be True or False",
         STATIC,
     ),
-    (("mu_dtype",), [jnp.int32, np.complex64, bool], "must be None or a floating dtype", ""),
-    (("mu_dtype",), ["bfloat", 3], "must be None or a floating dtype", "bfloat16"),
+    (
+        ("mu_dtype", "preconditioner_dtype"),
+        [jnp.int32, np.complex64, bool],
+        "must be None or a floating dtype",
+        "",
+    ),
+    (
+        ("mu_dtype", "preconditioner_dtype"),
+        ["bfloat", 3],
+        "must be None or a floating dtype",
+        "bfloat16",
+    ),
+    (("refresh",), [None, 3, True, b"qr", ("qr",)], "must be one of 'qr', 'cholesky_qr'", STATIC),
+    (("refresh_order",), [None, True], "must be one of 'before_gradient'", STATIC),
+    (
+        ("refresh_tolerance",),
+        ["0.1", True, 0.1j, [0.1], np.ones(2)],
+        "must be None or a number in [0, 1]",
+        "",
+    ),
     (("learning_rate",), [None, "3e-3", True, 0.1j, [0.1]], "must be a number or a schedule", ""),
     (("weight_decay",), [None, "0.1", True, [0.1]], "must be a number or a schedule", ""),
     (("stack_multiple",), ["8", 8.0, True, [8]], "must be an integer of at least 1", STATIC),
@@ -185,6 +220,8 @@ def test_soap_checks_what_it_hands_on() -> None:
         soap(block_size=64, max_precond_dim=32)
     with pytest.raises(ValueError, match="merge_dims must be False where dimension_numbers"):
         soap(merge_dims=True, dimension_numbers=lambda _: None)
+    with pytest.raises(ValueError, match=r"refresh_tolerance must be None .* 'partial', got 0\.1"):
+        soap(refresh="partial", refresh_tolerance=0.1)
 
 
 @pytest.mark.parametrize("factory", [soap, soap_optax.scale_by_soap])
@@ -209,7 +246,14 @@ def test_options_cannot_be_given_by_position() -> None:
         "precondition_1d",
         "merge_dims",
         "normalize_grads",
+        "correct_bias",
         "stack_multiple",
+        "refresh",
+        "refresh_order",
+        "stagger",
+        "one_sided",
+        "factored",
+        "fold_factors",
     ],
 )
 def test_traced_value_of_a_static_argument_is_refused_with_the_way_out(
@@ -247,6 +291,12 @@ def test_traced_value_of_a_static_argument_is_refused_with_the_way_out(
         ("block_size", np.int64(2)),
         ("mu_dtype", "bfloat16"),
         ("mu_dtype", float),
+        ("preconditioner_dtype", "bfloat16"),
+        ("refresh_tolerance", 0),
+        ("refresh_tolerance", np.float32(1)),
+        ("precision", "BF16_BF16_F32"),
+        ("precision", jax.lax.Precision.HIGH),
+        ("precision", ("high", "highest")),
         ("learning_rate", 0),
         ("learning_rate", -0.1),
         ("learning_rate", np.float64(0.1)),
@@ -437,6 +487,9 @@ MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another longest axis": (PARAMS, {"max_precond_dim": 3}, "stacks['4x3'].factors[0]"),
     "vectors": (PARAMS, {"precondition_1d": True}, "ravelled['float32']"),
     "merged": (PARAMS, {"merge_dims": True}, "stacks['4x3']"),
+    "one side": (PARAMS, {"one_sided": True}, "stacks['4x3'].factors[0]"),
+    "marginals": (PARAMS, {"factored": True}, "stacks['4x3'].nu"),
+    "folded": (PARAMS, {"fold_factors": True}, "stacks['4x3'].factors[0]"),
 }
 
 
@@ -451,7 +504,8 @@ def test_state_of_another_model_is_refused_by_path_and_shapes_with_the_way_out(
     message = str(caught.value)
     assert f"state.{path}" in message
     assert re.search(r"has shape .* and must have .*", message)
-    for cause in ("block_size", "max_precond_dim", "merge_dims", "precondition_1d", "init again"):
+    causes = ("block_size", "max_precond_dim", "merge_dims", "precondition_1d")
+    for cause in (*causes, "one_sided", "factored", "fold_factors", "init again"):
         assert cause in message
 
 

@@ -33,6 +33,14 @@ OPTIMIZERS = {
     "injected hyperparameters, tiles, narrow first moment": optax.inject_hyperparams(
         soap_optax.soap, static_args=soap_optax.STATIC_ARGS
     )(1e-2, precondition_frequency=FREQUENCY, block_size=4, mu_dtype=jnp.bfloat16),
+    "least state": soap_optax.soap(
+        1e-2,
+        precondition_frequency=FREQUENCY,
+        one_sided=True,
+        factored=True,
+        preconditioner_dtype=jnp.bfloat16,
+        fold_factors=True,
+    ),
 }
 
 
@@ -199,6 +207,23 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
         "(and 1 more, the last opt_state/0/ravelled/float32/mu as (4,) float32 where (4,) "
         "bfloat16 is expected)",
     ),
+    "narrow preconditioner": (
+        lambda: training_state(kernels_and_bias(), preconditioner_dtype=jnp.bfloat16),
+        "opt_state/0/stacks/6x4/factors/0 as (2, 6, 6) float32 where (2, 6, 6) bfloat16 is "
+        "expected (and 3 more, the last opt_state/0/stacks/6x4/bases/1 as (2, 4, 4) float32 where "
+        "(2, 4, 4) bfloat16 is expected)",
+    ),
+    "folded factors": (
+        lambda: training_state(kernels_and_bias(), fold_factors=True),
+        "opt_state/0/stacks/6x4/factors/0 as (2, 6, 6) float32 where (2, 3, 7) float32 is "
+        "expected (and 1 more, the last opt_state/0/stacks/6x4/factors/1 as (2, 4, 4) float32 "
+        "where (2, 2, 5) float32 is expected)",
+    ),
+    "marginals of the second moment": (
+        lambda: training_state(kernels_and_bias(), factored=True),
+        "opt_state/0/stacks/6x4/nu as (2, 6, 4) float32 where nothing is expected (and 2 more, the "
+        "last opt_state/0/stacks/6x4/nu/1 as nothing where (2, 4) float32 is expected)",
+    ),
     "one parameter that should not be there": (
         lambda: (
             (state := training_state(kernels_and_bias()))
@@ -229,6 +254,15 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_leaf_that_differs(
     beginning = "checkpoint must have the leaves of expected, got "
     with pytest.raises(ValueError, match="^" + re.escape(beginning + message)):
         check_checkpoint(forms[form], jax.eval_shape(expected))
+
+
+def test_a_misfit_is_told_with_every_option_that_decides_shapes_and_dtypes() -> None:
+    decide_numbers = {"mask", "normalize_grads", "correct_bias", "refresh", "refresh_order"}
+    decide_numbers |= {"stagger", "precision"}
+    with pytest.raises(ValueError, match="use those of the run that wrote it") as caught:
+        check_checkpoint({}, {"leaf": jnp.zeros(3)})
+    for option in set(soap_optax.STATIC_ARGS) - decide_numbers:
+        assert re.search(rf"\b{option}\b", str(caught.value)), option
 
 
 def test_a_checkpoint_of_another_layout_is_refused_by_its_version(tmp_path: pathlib.Path) -> None:

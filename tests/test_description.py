@@ -1,5 +1,6 @@
 """What `describe` tells before training: blocks, axes and bytes, as `init` makes them."""
 
+import inspect
 import itertools
 import math
 import re
@@ -45,6 +46,13 @@ OPTIONS = {
     "merged tiles": {"merge_dims": True, "block_size": 6},
     "vectors too": {"precondition_1d": True, "block_size": 6},
     "narrow mu": {"mu_dtype": jnp.bfloat16, "block_size": 4},
+    "least state": {
+        "mu_dtype": jnp.bfloat16,
+        "preconditioner_dtype": jnp.bfloat16,
+        "fold_factors": True,
+        "factored": True,
+        "one_sided": True,
+    },
 }
 
 
@@ -136,6 +144,16 @@ def test_the_state_of_soap_with_a_schedule_is_within_a_percent() -> None:
         ((512,), {}, "Adam", ()),
         ((512,), {"precondition_1d": True, "block_size": 256}, "2 x 256", (0,)),
         ((512, 1), {}, "1 x 512x1", (0,)),
+        ((512, 2048), {"one_sided": True}, "1 x 512x2048", (0,)),
+        ((512, 512), {"one_sided": True}, "1 x 512x512", (0,)),
+        ((1, 50304, 768), {"one_sided": True}, "1 x 1x50304x768", (2,)),
+        # Every tile has a shortest side of its own.
+        (
+            (7, 5),
+            {"one_sided": True, "block_size": 4},
+            "1 x 4x3 + 1 x 4x2 + 1 x 3x3 + 1 x 3x2",
+            (0, 1),
+        ),
         ((), {}, "Adam", ()),
         ((1, 1), {}, "Adam", ()),
         ((0, 3), {}, "nothing", ()),
@@ -247,12 +265,10 @@ def test_options_that_decide_no_shape_change_nothing() -> None:
 
 
 def test_every_option_of_soap_is_taken() -> None:
-    accepted = soap_optax.STATIC_ARGS
-    defaults = {"merge_dims": False, "precondition_1d": False, "max_precond_dim": 10000}
-    switches = {"normalize_grads": False, "correct_bias": True}
-    options = dict.fromkeys(accepted, None) | defaults | switches
+    arguments = inspect.signature(soap_optax.soap).parameters
+    defaults = {name: arguments[name].default for name in arguments if name != "learning_rate"}
     params = shapes_of(TREES["transformer"])
-    assert describe(params, **options) == describe(params)
+    assert describe(params, **defaults) == describe(params)
 
 
 def test_an_unknown_option_is_an_error_that_names_it() -> None:

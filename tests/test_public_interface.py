@@ -30,6 +30,15 @@ KEYWORD_ONLY = {
     "dimension_numbers": None,
     "stack_sharding": None,
     "stack_multiple": None,
+    "refresh": "qr",
+    "refresh_tolerance": None,
+    "refresh_order": "before_gradient",
+    "stagger": False,
+    "one_sided": False,
+    "factored": False,
+    "preconditioner_dtype": None,
+    "fold_factors": False,
+    "precision": None,
 }
 REQUIRED = inspect.Parameter.empty
 SIGNATURES: dict[str, dict[str, Any]] = {
@@ -118,10 +127,18 @@ def test_static_arguments_are_named_in_the_order_of_the_signatures() -> None:
         "weight_decay",
         "shampoo_beta",
         "precondition_frequency",
+        "refresh_tolerance",
     }
 
 
-TRACED = {"b1": 0.9, "b2": 0.8, "eps": 1e-6, "shampoo_beta": 0.7, "precondition_frequency": 2}
+TRACED = {
+    "b1": 0.9,
+    "b2": 0.8,
+    "eps": 1e-6,
+    "shampoo_beta": 0.7,
+    "precondition_frequency": 2,
+    "refresh_tolerance": 0.0,
+}
 STATIC: dict[str, Any] = {
     "max_precond_dim": 5,
     "precondition_1d": True,
@@ -130,6 +147,14 @@ STATIC: dict[str, Any] = {
     "correct_bias": False,
     "mu_dtype": jnp.bfloat16,
     "block_size": 4,
+    "refresh": "eigh",
+    "refresh_order": "after_gradient",
+    "stagger": True,
+    "one_sided": True,
+    "factored": True,
+    "preconditioner_dtype": jnp.float32,
+    "fold_factors": True,
+    "precision": "highest",
 }
 
 
