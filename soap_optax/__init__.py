@@ -5,6 +5,7 @@ from soap_optax.checkpoints import check_checkpoint
 from soap_optax.description import Description, ParameterDescription, describe
 from soap_optax.diagnostics import diagnostics
 from soap_optax.labels import default_labels
+from soap_optax.schedules import thinning_frequency
 from soap_optax.shardings import state_shardings
 from soap_optax.state import RavelledState, ScaleBySoapState, StackState
 from soap_optax.transform import scale_by_soap
@@ -25,4 +26,5 @@ __all__ = [
     "scale_by_soap",
     "soap",
     "state_shardings",
+    "thinning_frequency",
 ]

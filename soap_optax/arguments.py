@@ -16,7 +16,10 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from soap_optax.state import ScaleBySoapState
+_STATIC_HINT = (
+    "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
+    "shapes or branches and cannot be traced"
+)
 
 
 def check_decay(name: str, value: Any) -> None:
@@ -95,14 +98,14 @@ def check_frequency(value: Any) -> None:
 
 def check_max_precond_dim(value: Any) -> None:
     """Raises unless `value` is an integer of at least 1."""
-    _check_integer("max_precond_dim", value, 1, "for no preconditioning use optax.adamw")
+    check_integer("max_precond_dim", value, 1, "for no preconditioning use optax.adamw")
 
 
 def check_block_size(value: Any, max_precond_dim: int) -> None:
     """Raises unless `value` is None or an integer from 2 to `max_precond_dim`."""
     if value is None:
         return
-    _check_integer("block_size", value, 2, "None leaves every parameter whole")
+    check_integer("block_size", value, 2, "None leaves every parameter whole")
     if value > max_precond_dim:
         raise ValueError(
             f"block_size must be at most max_precond_dim ({max_precond_dim}), got {value}: a "
@@ -146,7 +149,7 @@ def check_stack_multiple(value: Any, shards: int) -> None:
     """Raises unless `value` is None or an integer that a stack's shards divide evenly."""
     if value is None:
         return
-    _check_integer("stack_multiple", value, 1, "1 pads nothing")
+    check_integer("stack_multiple", value, 1, "1 pads nothing")
     if value % shards:
         raise ValueError(
             f"stack_multiple must be a multiple of the {shards} shards of stack_sharding, got "
@@ -218,62 +221,14 @@ def check_dtype(name: str, value: DTypeLike | None) -> None:
         )
 
 
-def check_leaves(paths: Sequence[Any], dtypes: Sequence[DTypeLike]) -> None:
-    """Raises where a leaf is not real floating point."""
-    for path, dtype in zip(paths, dtypes, strict=True):
-        if not jnp.issubdtype(dtype, jnp.floating):
-            where = jax.tree_util.keystr(path) or "the tree itself"
-            raise TypeError(
-                f"every leaf must be a real floating-point array, got {dtype} at "
-                f"{where}; leave it out with optax.masked, or give it an optimizer of its own with "
-                "optax.partition"
-            )
-
-
-def checked_state(state: Any, expected: Any) -> ScaleBySoapState:
-    """Returns the state, or raises where `init` would not have made it for these gradients.
-
-    Args:
-      state: the state handed to `update`.
-      expected: what `init` makes for the gradients, a tree of shapes.
-    """
-    if not isinstance(state, ScaleBySoapState):
-        raise TypeError(
-            f"state must be a ScaleBySoapState, got {type(state).__name__}; pass what init returned"
-        )
-    wanted = _shapes_by_path(expected)
-    found = _shapes_by_path(state)
-    for path in [*wanted, *found]:
-        if wanted.get(path) != found.get(path):
-            raise ValueError(
-                f"the state does not belong to these gradients: {path} has shape "
-                f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
-                "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
-                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple, "
-                "one_sided, factored, fold_factors changed after init, so call init again or "
-                "restore the options"
-            )
-    return state
-
-
-def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {f"state{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
-
-
-def _check_integer(name: str, value: Any, least: int, way_out: str) -> None:
+def check_integer(
+    name: str, value: Any, least: int, way_out: str, hint: str = _STATIC_HINT
+) -> None:
+    """Raises unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be an integer of at least {least}, got {value!r}{_STATIC_HINT}"
-        )
+        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}; {way_out}")
-
-
-_STATIC_HINT = (
-    "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
-    "shapes or branches and cannot be traced"
-)
 
 
 _TINY = np.finfo(np.float32).tiny

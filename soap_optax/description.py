@@ -13,7 +13,8 @@ import numpy as np
 from soap_optax import planning, views
 from soap_optax.alias import soap
 from soap_optax.state import RavelledState, ScaleBySoapState, StackState
-from soap_optax.transform import plan_of, scale_by_soap
+from soap_optax.transform import scale_by_soap
+from soap_optax.trees import plan_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -14,7 +14,7 @@ from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, exchange, execution, layout, placement, planning, views
+from soap_optax import arguments, exchange, execution, layout, placement, planning, trees, views
 from soap_optax.basis import Order, RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.refreshes import Method
@@ -217,7 +217,7 @@ def scale_by_soap(
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         if stands_for_any_params(params):
             return opaque_state()
-        plan = plan_of(params, cut, dimension_numbers, multiple)
+        plan = trees.plan_of(params, cut, dimension_numbers, multiple)
         return place_state(lambda: initial_state(plan, storage), stack_sharding)
 
     def update_fn(
@@ -227,8 +227,8 @@ def scale_by_soap(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
-        plan = plan_of(updates, cut, dimension_numbers, multiple)
-        state = arguments.checked_state(state, jax.eval_shape(lambda: initial_state(plan, storage)))
+        plan = trees.plan_of(updates, cut, dimension_numbers, multiple)
+        state = trees.checked_state(state, jax.eval_shape(lambda: initial_state(plan, storage)))
         leaves, treedef = jax.tree.flatten(updates)
         update = partial(update_leaves, plan)
         if sharding is not None:
@@ -277,22 +277,6 @@ def scale_by_soap(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def plan_of(
-    tree: Any, cut: views.Cut, dimension_numbers: Any = None, multiple: int = 1
-) -> planning.Plan:
-    """The plan of a tree of parameters or gradients, checked leaf by leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
-    arguments.check_leaves([path for path, _ in leaves], dtypes)
-    axes = views.axes_of_leaves(dimension_numbers, tree)
-    return _cached_plan(
-        tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), cut, tuple(axes), multiple
-    )
-
-
-_cached_plan = lru_cache(maxsize=64)(planning.make_plan)
 
 
 def stands_for_any_params(params: Any) -> bool:

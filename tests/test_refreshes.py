@@ -313,7 +313,7 @@ def test_factors_without_full_rank_are_refreshed_all_the_same(method: str) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_refresh_from_a_factor_that_is_not_finite_is_refused_by_every_method(
-    method: str,
+    method: Any,
 ) -> None:
     grads = gradients(6)
     optimizer = soap_optax.scale_by_soap(refresh=method, precondition_frequency=1)

@@ -1,0 +1,43 @@
+"""Schedules for `precondition_frequency`."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from soap_optax import arguments
+
+
+def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Array]:
+    """A schedule for ``precondition_frequency`` that starts dense and thins out.
+
+    Bases turn fastest when training begins and ever more slowly afterwards. The interval from one
+    refresh to the next is 1 for the first ``2 * dense`` updates and grows in proportion to the
+    updates so far, ``count // dense``, up to `most`. Until then, from `dense` on, each doubling of
+    the number of updates takes about as many refreshes.
+
+    Example:
+      >>> import soap_optax
+      >>> frequency = soap_optax.thinning_frequency(dense=20, most=10)
+      >>> [int(frequency(count)) for count in (0, 20, 40, 100, 1000)]
+      [1, 1, 2, 5, 10]
+      >>> optimizer = soap_optax.soap(3e-3, precondition_frequency=frequency)
+
+    Args:
+      dense: after how many more updates the interval grows by one, at least 1.
+      most: the longest interval, at least 1.
+
+    Returns:
+      A function from the number of updates so far to the interval, an integer scalar.
+
+    Raises:
+      TypeError, ValueError: where an argument is not an integer of at least 1.
+    """
+    arguments.check_integer("dense", dense, 1, "1 lengthens the interval in every update", hint="")
+    arguments.check_integer("most", most, 1, "1 refreshes in every step", hint="")
+
+    def frequency(count: ArrayLike) -> Array:
+        return jnp.clip(jnp.asarray(count) // dense, 1, most).astype(jnp.int32)
+
+    return frequency
