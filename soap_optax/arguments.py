@@ -190,7 +190,12 @@ def check_tolerance(value: Any, method: str) -> None:
 
 
 def check_precision(value: Any) -> None:
-    """Raises unless `value` is a precision of a product of two arrays."""
+    """Raises unless `value` is one precision of a product of two arrays."""
+    if isinstance(value, tuple):
+        raise ValueError(
+            f"precision must be one for both arrays of a product, got {value!r}: a basis is the "
+            "first of them along one axis and the second along another"
+        )
     try:
         jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), jnp.ones((1, 1)))
     except (TypeError, ValueError) as error:

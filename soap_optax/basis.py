@@ -79,7 +79,7 @@ def refresh(
         bases=tuple(basis.astype(dtype) for basis in frame.bases), mu=frame.mu.astype(dtype)
     )
     is_first = frame.refreshes == 0
-    moved = lax.cond(is_first, partial(_first, axes), partial(_later, axes, rule), wide, factors)
+    moved = lax.cond(~is_first, partial(_later, axes, rule), partial(_first, axes), wide, factors)
     return adopt(frame, factors, moved, jnp.where(is_first, first_age, 0))
 
 

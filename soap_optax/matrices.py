@@ -22,21 +22,13 @@ def _qr(matrix: Array) -> Array:
 
 @sequential_vmap
 def _eigh(matrix: Array) -> Array:
-    def default(matrix: Array) -> Array:
-        return jnp.linalg.eigh(matrix)[1]
-
-    # From JAX 0.9 on one may ask for TPU's Jacobi method, which its default calls only for parts of
-    # at most 256 columns: a decomposition of 352 columns compiles in 4 s instead of 42.
-    methods = getattr(lax.linalg, "EighImplementation", None)
-    if methods is None:
-        return default(matrix)
-    by_jacobi = lambda matrix: lax.linalg.eigh(matrix, implementation=methods.JACOBI)[0]  # noqa: E731
-    return lax.platform_dependent(matrix, tpu=by_jacobi, default=default)
+    return jnp.linalg.eigh(matrix)[1]
 
 
 @sequential_vmap
 def _cholesky_qr(matrix: Array) -> Array:
-    scaled = matrix / jnp.linalg.norm(matrix, axis=0)
+    lengths = jnp.linalg.norm(matrix, axis=0)
+    scaled = matrix / jnp.where(lengths > 0, lengths, 1)
     lower = lax.linalg.cholesky(times(scaled.T, scaled), symmetrize_input=False)
     return lax.linalg.triangular_solve(lower, scaled, lower=True, transpose_a=True)
 
@@ -47,16 +39,17 @@ def orthonormal_factor(matrix: Array) -> Array:
 
 
 def orthonormal_factor_by_cholesky(matrix: Array) -> Array:
-    """The same `Q` up to the signs of its columns, by two Cholesky decompositions.
+    """The same `Q` up to the signs of its columns, from the Cholesky factor of the Gram matrix.
 
-    The first one squares the condition number of the matrix, its columns scaled to length one; the
-    second makes up for what that cost. Where float32 does not suffice for it, the result is not
-    orthonormal, or not finite.
+    That squares the condition number, of the matrix with its columns scaled to length one, and
+    costs the result orthonormality. What Newton-Schulz iterations can restore is restored. Where
+    there is no Cholesky factor, or nothing left to restore, the result is not orthonormal, or not
+    finite.
 
     References:
-      Fukaya et al., CholeskyQR2, 2014; Yamamoto et al., Roundoff error analysis, 2015.
+      Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
     """
-    return _cholesky_qr(_cholesky_qr(lax.stop_gradient(matrix)))
+    return polished(_cholesky_qr(lax.stop_gradient(matrix)))
 
 
 def descending_eigenvectors(factor: Array) -> Array:
@@ -134,33 +127,27 @@ def _signs(length: int, dtype: jnp.dtype) -> Array:
     return jnp.where(bits >> 31 == 0, 1, -1).astype(dtype)
 
 
-def nearest_orthonormal(matrix: Array) -> Array:
-    """The orthonormal matrix that is nearest to a regular one, by Newton-Schulz iterations.
+def polished(matrix: Array) -> Array:
+    """The orthonormal matrix nearest to one that is nearly so, which is left as it is.
 
-    `X <- X (3 I - X^T X) / 2` takes every singular value to one if none exceeds the root of three,
-    which scaling ensures, and squares the departure near the end. The last iteration starts from a
-    quarter of the tolerance.
+    Newton-Schulz iterations `X <- X (3 I - X^T X) / 2` go on until the departure, as probed, is an
+    eighth of the tolerance. They take every singular value to one if none exceeds the root of
+    three, which scaling ensures, and near the end square the departure.
     """
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
 
-    def departs(carry: tuple[Array, Array, Array]) -> Array:
-        iteration, departure, _ = carry
-        return (iteration < 20) & (departure > orthonormality_tolerance(matrix) / 4)
+    def departs(carry: tuple[Array, Array]) -> Array:
+        iteration, matrix = carry
+        limit = orthonormality_tolerance(matrix) / 8
+        return (iteration < 20) & (probed_departure(matrix) > limit)
 
-    def iterate(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        iteration, _, matrix = carry
+    def iterate(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        iteration, matrix = carry
         gram = times(matrix.T, matrix)
-        departure = jnp.max(jnp.abs(gram - identity))
         bound = jnp.max(jnp.sum(jnp.abs(gram), axis=0))  # of the largest squared singular value
         scale = jnp.where(bound > 2.5, bound, 1)
         matrix = times(matrix, 1.5 * identity - 0.5 * gram / scale) / jnp.sqrt(scale)
-        return iteration + 1, departure, matrix
+        return iteration + 1, matrix
 
-    start = (jnp.int32(0), jnp.asarray(jnp.inf, matrix.dtype), matrix)
-    return lax.while_loop(departs, iterate, start)[2]
-
-
-def polished(basis: Array) -> Array:
-    """The basis, made orthonormal where it has drifted by an eighth of the tolerance."""
-    drifted = probed_departure(basis) > orthonormality_tolerance(basis) / 8
-    return lax.cond(drifted, nearest_orthonormal, lambda basis: basis, basis)
+    start = (jnp.int32(0), lax.stop_gradient(matrix))
+    return lax.while_loop(departs, iterate, start)[1]

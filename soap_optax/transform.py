@@ -128,11 +128,11 @@ def scale_by_soap(
         number of devices that divides it.
 
       refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
-        iteration. ``"cholesky_qr"``: the same from two Cholesky decompositions, with a QR where
-        these fail. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
+        iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
+        fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
         simultaneous Jacobi rotations, out of matrix products alone. ``"partial"``: a quarter of the
-        columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: by platform and
-        size.
+        columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs
+        and ``"jacobi"`` elsewhere.
       refresh_tolerance: None, or the off-diagonal mass (see `diagnostics`) of the factors in their
         bases up to which a block that is due keeps its bases until it is due again.
       refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold
@@ -142,7 +142,8 @@ def scale_by_soap(
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
       preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None
-        means that of the statistics. Refreshes are computed in the dtype of the statistics.
+        means that of the statistics, in which refreshes are computed in any case. A factor in
+        bfloat16 follows decays of up to 0.99; beyond, what a gradient adds to it is rounded away.
       fold_factors: whether the symmetric factors are stored as one triangle.
       precision: that of the products which rotate gradients and updates, as of `jax.lax.dot`. None
         means the default of the platform, or of ``jax.default_matmul_precision``. Factors and

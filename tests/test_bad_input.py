@@ -296,7 +296,7 @@ def test_traced_value_of_a_static_argument_is_refused_with_the_way_out(
         ("refresh_tolerance", np.float32(1)),
         ("precision", "BF16_BF16_F32"),
         ("precision", jax.lax.Precision.HIGH),
-        ("precision", ("high", "highest")),
+        ("precision", "highest"),
         ("learning_rate", 0),
         ("learning_rate", -0.1),
         ("learning_rate", np.float64(0.1)),

@@ -110,7 +110,7 @@ def test_every_page_is_in_a_table_of_contents() -> None:
 def test_the_option_table_names_every_argument_with_its_default() -> None:
     parameters = inspect.signature(soap_optax.soap).parameters
     expected = {
-        argument: "required" if parameter.default is parameter.empty else f"`{parameter.default}`"
+        argument: "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
         for argument, parameter in parameters.items()
     }
     assert {argument: default for argument, default, _ in option_table()} == expected
