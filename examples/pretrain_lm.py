@@ -132,17 +132,22 @@ OPTIMIZERS = {
 def make_optimizer(
     name: str, learning_rate: float, settings: Settings, stack_sharding: NamedSharding
 ) -> optax.GradientTransformation:
-    """Returns clipping, then the optimizer, warmed up for a tenth of the steps, cosine after."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=settings.steps // 10,
-        decay_steps=settings.steps,
-        end_value=learning_rate / 10,
-    )
+    """Returns clipping, then the optimizer with a rate of `warmed_up`."""
+    schedule = warmed_up(learning_rate, settings.steps)
     return optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
         OPTIMIZERS[name].make(schedule, settings, stack_sharding),
+    )
+
+
+def warmed_up(learning_rate: float, steps: int) -> optax.Schedule:
+    """Returns a learning rate that warms up for a tenth of the steps, then falls as a cosine."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=steps // 10,
+        decay_steps=steps,
+        end_value=learning_rate / 10,
     )
 
 

@@ -29,7 +29,7 @@ class Case:
     layers: int
 
 
-def circumstances(arguments: Sequence[str]) -> str:
+def circumstances(program: str, arguments: Sequence[str]) -> str:
     """Where, with what and how the numbers came about."""
     versions = {
         "Python": platform.python_version(),
@@ -45,7 +45,7 @@ def circumstances(arguments: Sequence[str]) -> str:
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}); {processor()}, "
         f"{usable_cores()} cores usable",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "command": f"`python tests/benchmarks/speed.py {' '.join(arguments)}`",
+        "command": f"`python tests/benchmarks/{program} {' '.join(arguments)}`",
         "threads": ", ".join(threads),
         "products": f"jax_default_matmul_precision={precision}",
     }

@@ -20,13 +20,10 @@ drifts by more than the rivals differ, so that they must alternate in one run.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import faulthandler
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +40,9 @@ from contenders import NAMES, contenders_of, floor_operations
 from measure import Summary
 from results import Case
 from shapes import MODELS, params_of
+from stalls import unless_stalled
 from tqdm import tqdm
+from variants import read_variant
 
 
 class Settings(argparse.Namespace):
@@ -90,25 +89,6 @@ def measure_steps(settings: Settings) -> None:
             plots.draw_steps(by_model, settings.out / "steps.png")
 
 
-@contextmanager
-def unless_stalled(seconds: int) -> Iterator[Any]:
-    """Ends the process, with its stacks, where no step has finished for so long.
-
-    jaxlib 0.10 on two cores hangs now and then when every leaf has its own decomposition, as the
-    textbook has. More threads in XLA's pool prevent it: `NPROC=4` in the environment.
-    """
-
-    def still_alive() -> bool:
-        faulthandler.dump_traceback_later(seconds, exit=True)
-        return True
-
-    still_alive()
-    try:
-        yield still_alive
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
 def measure_compile_times(settings: Settings) -> None:
     """Compiles updates at several depths."""
     by_model: dict[str, list[CompileTime]] = {}
@@ -147,21 +127,8 @@ MEASURES = {"steps": measure_steps, "compile": measure_compile_times, "memory": 
 
 
 def soap_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """Reads `name:option=value,...`; a value that is no Python literal is a string."""
-    name, _, rest = text.partition(":")
-    pairs = [part.partition("=") for part in rest.split(",") if part]
-    if not name or name in NAMES or not all(equals for _, equals, _ in pairs):
-        raise argparse.ArgumentTypeError(
-            f"must be name:option=value,... with a name other than {', '.join(NAMES)}, got {text!r}"
-        )
-    return name, {option.strip(): literal(value.strip()) for option, _, value in pairs}
-
-
-def literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    variant = read_variant(text, NAMES)
+    return variant.name, dict(variant.options)
 
 
 def positive(text: str) -> int:
@@ -198,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     if settings.out:
         settings.out.mkdir(parents=True, exist_ok=True)
-    print(f"{results.circumstances(arguments)}\n", flush=True)
+    print(f"{results.circumstances('speed.py', arguments)}\n", flush=True)
     for what in settings.what:
         MEASURES[what](settings)
     return 0
