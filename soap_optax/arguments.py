@@ -190,18 +190,18 @@ def check_tolerance(value: Any, method: str) -> None:
 
 
 def check_precision(value: Any) -> None:
-    """Raises unless `value` is one precision of a product of two arrays."""
-    if isinstance(value, tuple):
-        raise ValueError(
-            f"precision must be one for both arrays of a product, got {value!r}: a basis is the "
-            "first of them along one axis and the second along another"
-        )
+    """Raises unless `value` is None or one precision for both arrays of a product."""
+    if value is None:
+        return
+    matrix = jax.ShapeDtypeStruct((1, 1), np.float32)  # An array would start JAX's backends.
     try:
-        jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), jnp.ones((1, 1)))
+        if isinstance(value, tuple):  # A basis is the first of both along one axis only.
+            raise TypeError("two precisions")
+        jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), matrix)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "precision must be None or one that jax.lax.dot takes, such as 'highest' or "
-            f"jax.lax.Precision.HIGH, got {value!r}"
+            "precision must be None or one that jax.lax.dot takes for both arrays, such as "
+            f"'highest' or jax.lax.Precision.HIGH, got {value!r}"
         ) from error
 
 

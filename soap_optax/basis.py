@@ -78,9 +78,9 @@ def refresh(
     wide = frame._replace(
         bases=tuple(basis.astype(dtype) for basis in frame.bases), mu=frame.mu.astype(dtype)
     )
-    is_first = frame.refreshes == 0
-    moved = lax.cond(~is_first, partial(_later, axes, rule), partial(_first, axes), wide, factors)
-    return adopt(frame, factors, moved, jnp.where(is_first, first_age, 0))
+    has_bases = frame.refreshes > 0
+    moved = lax.cond(has_bases, partial(_later, axes, rule), partial(_first, axes), wide, factors)
+    return adopt(frame, factors, moved, jnp.where(has_bases, 0, first_age))
 
 
 def adopt(frame: Eigenframe, factors: Sequence[Array], moved: Moved, age: Array) -> Eigenframe:
