@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import block, matrices, refreshes
+from soap_optax import matrices, refreshes
 from soap_optax.matrices import times
 
 METHODS = get_args(refreshes.Method)
@@ -51,7 +51,7 @@ def mass(factor: jax.Array, basis: jax.Array) -> float:
 # The methods.
 
 
-@pytest.mark.parametrize("d", [2, 3, 24, 40])
+@pytest.mark.parametrize("d", [3, 40])
 @pytest.mark.parametrize("method", FULL)
 def test_every_method_takes_a_basis_nearer_to_the_eigenvectors_and_keeps_it_orthonormal(
     method: str, d: int
@@ -113,13 +113,16 @@ def test_one_angle_is_the_classical_jacobi_rotation() -> None:
     assert abs(diagonal[0, 1]) < 1e-6
 
 
-@hypothesis.given(d=st.integers(2, 9), seed=st.integers(0, 99), decades=st.floats(0, 12))
-@hypothesis.settings(max_examples=20, deadline=None)
+ANGLES_OF = jax.jit(refreshes.rotation_angles)
+
+
+@hypothesis.given(d=st.sampled_from([2, 5, 9]), seed=st.integers(0, 99), decades=st.floats(0, 12))
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_angles_are_antisymmetric_bounded_and_finite(d: int, seed: int, decades: float) -> None:
     rng = np.random.default_rng(seed)
     half = rng.normal(size=(d, d)) * 10.0 ** -rng.uniform(0, decades, size=d)
     for rotated in (half @ half.T, np.zeros((d, d)), np.ones((d, d)), 1e30 * half @ half.T):
-        angles = np.asarray(refreshes.rotation_angles(jnp.asarray(rotated, jnp.float32)))
+        angles = np.asarray(ANGLES_OF(jnp.asarray(rotated, jnp.float32)))
         np.testing.assert_array_equal(angles, -angles.T)
         # Columns are scaled to a norm of one half, and rounding may add some units of 6e-8.
         assert np.linalg.norm(angles, axis=0).max() <= 0.5 + 1e-6
@@ -195,9 +198,14 @@ def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
     factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 40))
     basis = near(vectors, 0.05)
     masses = [mass(factor, basis)]
+
+    @jax.jit
+    def turn_one(basis: jax.Array, turn: Any) -> jax.Array:
+        columns = refreshes.columns_in_turn(40, turn)
+        return refreshes.turn_columns(factor, basis, columns).basis
+
     for turn in range(4 * len(refreshes.PAIRS)):
-        columns = refreshes.columns_in_turn(40, jnp.int32(turn))
-        basis = refreshes.turn_columns(factor, basis, columns).basis
+        basis = turn_one(basis, turn)
         masses.append(mass(factor, basis))
     assert masses[28] < 0.5 * masses[0]
     assert masses[-1] < 1e-3
@@ -251,26 +259,34 @@ def test_a_basis_that_drifts_is_made_orthonormal_and_another_one_not_touched() -
 # In the optimizer.
 
 
-def gradients(count: int, shape: tuple[int, ...] = (40, 6), seed: int = 0) -> jax.Array:
+STEPS, SHAPE = 60, (40, 6)
+
+
+def gradients(seed: int = 0) -> jax.Array:
     rng = np.random.default_rng(seed)
-    scales = np.multiply.outer(*[2.0 ** -np.linspace(0, 3, d) for d in shape])
-    return jnp.asarray(rng.normal(size=(count, *shape)) * scales, jnp.float32)
+    scales = np.multiply.outer(*[2.0 ** -np.linspace(0, 3, d) for d in SHAPE])
+    return jnp.asarray(rng.normal(size=(STEPS, *SHAPE)) * scales, jnp.float32)
 
 
 @functools.cache
-def runner(**options: Any) -> Callable[..., Any]:
-    """Updates and states of all steps."""
-    optimizer = soap_optax.scale_by_soap(**options)
+def run_of(method: Any) -> Callable[..., Any]:
+    """Gives the updates and the stacks of all steps; one program for all tests of a method."""
 
     @jax.jit
-    def run(grads: jax.Array) -> Any:
+    def run(grads: jax.Array, frequency: int) -> Any:
+        optimizer = soap_optax.scale_by_soap(refresh=method, precondition_frequency=frequency)
+
         def step(state: Any, grad: jax.Array) -> Any:
             updates, state = optimizer.update(grad, state)
             return state, (updates, state)
 
         return jax.lax.scan(step, optimizer.init(grads[0]), grads)[1]
 
-    return run
+    def updates_and_stacks(grads: jax.Array, frequency: int) -> Any:
+        updates, states = run(grads, frequency)
+        return updates, stack_of(states)
+
+    return updates_and_stacks
 
 
 def stack_of(states: Any) -> Any:
@@ -280,24 +296,21 @@ def stack_of(states: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_moment_keeps_its_direction_through_every_refresh(method: str) -> None:
-    grads = gradients(12)
-    _, states = runner(refresh=method, precondition_frequency=3)(grads)
-    stack = stack_of(states)
-    assert stack.refreshes[-1].tolist() == [4]
+    grads = gradients()
+    _, stack = run_of(method)(grads, 3)
+    assert stack.refreshes[-1].tolist() == [20]
     assert stack.refused_refreshes[-1].tolist() == [0]
-    wanted = np.zeros(grads.shape[1:])
+    wanted = np.zeros(SHAPE)
     for call, grad in enumerate(grads):
         wanted = 0.95 * wanted + 0.05 * np.asarray(grad) * (call > 0)
-        bases = [basis[call, 0] for basis in stack.bases]
-        found = block.rotate_back(stack.mu[call, 0], bases, (0, 1))
+        bases = [np.asarray(basis[call, 0]) for basis in stack.bases]
+        found = bases[0] @ np.asarray(stack.mu[call, 0]) @ bases[1].T
         np.testing.assert_allclose(found, wanted, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bases_follow_factors_and_stay_orthonormal(method: str) -> None:
-    grads = gradients(120)
-    _, states = runner(refresh=method, precondition_frequency=1)(grads)
-    stack = stack_of(states)
+    _, stack = run_of(method)(gradients(), 1)
     for factors, bases in zip(stack.factors, stack.bases, strict=True):
         found, idle = (mass(factors[-1, 0], bases[call, 0]) for call in (-1, 1))
         # The last gradient's turn is left to do, and more where a quarter turns at a time.
@@ -307,11 +320,11 @@ def test_bases_follow_factors_and_stay_orthonormal(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_without_full_rank_are_refreshed_all_the_same(method: str) -> None:
-    left, right = np.random.default_rng(0).normal(size=(2, 40, 1))
-    grads = jnp.asarray(np.stack([left @ right[:9].T * size for size in (1, 3, 2, 1, 5, 1)]))
-    updates, states = runner(refresh=method, precondition_frequency=1)(grads.astype(jnp.float32))
-    stack = stack_of(states)
-    assert stack.refreshes[-1].tolist() == [5]
+    left, right = (np.random.default_rng(0).normal(size=d) for d in SHAPE)
+    sizes = 1 + np.arange(STEPS) % 4
+    grads = jnp.asarray(np.multiply.outer(sizes, np.outer(left, right)), jnp.float32)
+    updates, stack = run_of(method)(grads, 1)
+    assert stack.refreshes[-1].tolist() == [STEPS - 1]
     assert np.isfinite(updates).all()
 
 
@@ -319,7 +332,7 @@ def test_factors_without_full_rank_are_refreshed_all_the_same(method: str) -> No
 def test_a_refresh_from_a_factor_that_is_not_finite_is_refused_by_every_method(
     method: Any,
 ) -> None:
-    grads = gradients(6)
+    grads = gradients()
     optimizer = soap_optax.scale_by_soap(refresh=method, precondition_frequency=1)
     update = jax.jit(optimizer.update)
     state: Any = optimizer.init(grads[0])
