@@ -197,11 +197,13 @@ def check_precision(value: Any) -> None:
     try:
         if isinstance(value, tuple):  # A basis is the first of both along one axis only.
             raise TypeError("two precisions")
+        if str(getattr(value, "name", value)).upper().startswith(("F16_", "ANY_F8_")):
+            raise ValueError("narrower in range than float32")
         jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), matrix)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "precision must be None or one that jax.lax.dot takes for both arrays, such as "
-            f"'highest' or jax.lax.Precision.HIGH, got {value!r}"
+            "precision must be None or one that jax.lax.dot takes for both arrays, with the range "
+            f"of float32, such as 'highest' or jax.lax.Precision.HIGH, got {value!r}"
         ) from error
 
 

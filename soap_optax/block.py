@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision, PrecisionLike
+from jax.typing import DTypeLike
 
 from soap_optax import folding, second_moment
 from soap_optax.second_moment import SecondMoment
@@ -104,13 +105,16 @@ def average_factors(
     )
 
 
-def is_acceptable(grad: Array) -> Array:
+def is_acceptable(grad: Array, stored: Sequence[DTypeLike] = ()) -> Array:
     """Whether a gradient may enter the statistics: no NaN, no infinity, no overflow to come.
+
+    `stored` are the dtypes that statistics are narrowed to, if they are.
 
     Every entry of the Gram matrices and of the squared rotated gradient is at most the sum of the
     squares, so that this one number answers for all of them. The factor 4 leaves room for rounding.
     """
-    return jnp.sum(jnp.square(grad)) <= jnp.finfo(grad.dtype).max / 4
+    largest = min(float(jnp.finfo(dtype).max) for dtype in (grad.dtype, *stored))
+    return jnp.sum(jnp.square(grad)) <= largest / 4
 
 
 def rotate(

@@ -82,7 +82,8 @@ def _update_blocks(
     the parameters are the same. A block of padding takes nothing in and counts nothing.
     """
     (grads, padding, first_ages, state), (hyper, rule) = blocks, shared
-    acceptable = jax.vmap(block.is_acceptable)(grads)
+    stored = [array.dtype for array in (*state.factors, state.mu)]
+    acceptable = jax.vmap(partial(block.is_acceptable, stored=stored))(grads)
     accepted = acceptable & ~padding
     lengths = tuple(shape[axis] for axis in axes)
 
@@ -209,7 +210,8 @@ def update_ravelled(
     Returns:
       The updates, in the shapes of `grads`, and the new state.
     """
-    accepted = jnp.concatenate([jax.vmap(block.is_acceptable)(grad) for grad in grads])
+    acceptable = jax.vmap(partial(block.is_acceptable, stored=[state.mu.dtype]))
+    accepted = jnp.concatenate([acceptable(grad) for grad in grads])
     applied = accepted & (state.accepted_gradients > 0)
     leaves = _consecutive_slices([len(grad) for grad in grads])
     entries = _consecutive_slices([grad.size for grad in grads])

@@ -82,6 +82,7 @@ def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Turned:
     turns by all of them at once. After a sweep that began with an off-diagonal mass of less than
     `ENOUGH`, what is left is about its square, and no other one follows. Columns keep their places.
     """
+    factor = lax.stop_gradient(factor)
 
     def goes_on(carry: tuple[Array, Array, Array, Array]) -> Array:
         sweep, mass, _, _ = carry

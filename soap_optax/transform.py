@@ -137,8 +137,8 @@ def scale_by_soap(
         bases up to which a block that is due keeps its bases until it is due again.
       refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold
         the step's gradient, as in the authors' code, or ``"after_gradient"``, from factors that do.
-      stagger: whether the blocks take turns, so that each step refreshes as many as another. First
-        bases are still made all at once.
+      stagger: whether the blocks take turns, so that each step refreshes as many as another, at a
+        constant frequency. First bases are still made all at once.
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
       preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None

@@ -71,7 +71,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     (("refresh_order",), ["before", "qr"], "must be one of 'before_gradient', 'after_", ""),
     (
         ("precision",),
-        ["HIGHEST", "bogus", 3, True, jnp.float32, ("high",), ["high", "high"]],
+        ["HIGHEST", "bogus", "F16_F16_F32", 3, True, jnp.float32, ("high",), ["high", "high"]],
         "must be None or one that jax.lax.dot takes",
         "'highest'",
     ),

@@ -606,3 +606,18 @@ def test_half_precision_overflow_is_refused_as_the_infinity_that_it_is() -> None
     assert refused == {"bfloat16": 0, "float16": 1, "float32": 0}
     assert_same_bits(updates["float16"], jax.tree.map(jnp.zeros_like, trees[0]["float16"]))
     assert_all_finite((updates, state))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16])
+def test_what_overflows_only_in_narrow_storage_is_refused_too(narrow: Any) -> None:
+    """A Gram matrix that a float64 holds would be infinite in the dtype of the factors."""
+    grads = [np.asarray(grad["first"], np.float64) for grad in good_gradients(3)]
+    optimizer = soap_optax.scale_by_soap(preconditioner_dtype=narrow, mu_dtype=narrow)
+    state: Any = optimizer.init({"matrix": grads[0], "vector": grads[0][0]})
+    for size in (1.0, 1e25, 1.0):
+        grad = {"matrix": size * grads[1], "vector": size * grads[1][0]}
+        updates, state = optimizer.update(grad, state)
+        assert_all_finite((updates, state))
+    (stack,), (vector,) = state.stacks.values(), state.ravelled.values()
+    assert stack.refused_gradients.tolist() == vector.refused_gradients.tolist() == [1]
