@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 from soap_optax import arguments
 from soap_optax.basis import Order
 from soap_optax.refreshes import Method
-from soap_optax.transform import Frequency, scale_by_soap
+from soap_optax.schedules import Frequency
+from soap_optax.transform import scale_by_soap
 
 STATIC_ARGS = (
     "mask",

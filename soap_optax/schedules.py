@@ -1,4 +1,4 @@
-"""Schedules for `precondition_frequency`."""
+"""`precondition_frequency`: the one in force, and a ready schedule for it."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from soap_optax import arguments
+
+Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
 
 def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Array]:
@@ -41,3 +43,10 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
         return jnp.clip(jnp.asarray(count) // dense, 1, most).astype(jnp.int32)
 
     return frequency
+
+
+def frequency_at(frequency: Frequency, count: Array) -> Array:
+    """The frequency in force, a whole number of at least 1, after `count` calls of `update`."""
+    if callable(frequency):
+        frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.
+    return jnp.maximum(jnp.asarray(frequency).astype(jnp.int32), 1)

@@ -30,7 +30,7 @@ class Eigenframe(NamedTuple):
 
     Attributes:
       bases: orthonormal eigenvectors of each preconditioned axis' factor, `(d, d)`, columns by
-        descending eigenvalue.
+        descending eigenvalue; ``"jacobi"`` and ``"partial"`` leave columns where they are.
       mu: first moment in the bases' coordinates, `(*block)`.
       nu: second moment in the bases' coordinates, `(*block)`, or its marginals, `(d,)` each.
       age: updates applied since the last refresh was due.

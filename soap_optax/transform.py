@@ -18,10 +18,9 @@ from soap_optax import arguments, exchange, execution, layout, placement, planni
 from soap_optax.basis import Order, RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.refreshes import Method
+from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
 from soap_optax.state import ScaleBySoapState, Storage, initial_state
-
-Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
 
 def scale_by_soap(
@@ -292,10 +291,3 @@ def opaque_state() -> ScaleBySoapState:
     """A state of which no leaf mirrors a parameter, whatever the parameters: blocks are opaque."""
     leaf: Any = jnp.zeros((), jnp.int32)
     return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, ravelled=leaf)
-
-
-def frequency_at(frequency: Frequency, count: Array) -> Array:
-    """The frequency in force, a whole number of at least 1, after `count` calls of `update`."""
-    if callable(frequency):
-        frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.
-    return jnp.maximum(jnp.asarray(frequency).astype(jnp.int32), 1)
