@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.basis import Order
+from soap_optax.execution import Order
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency
 from soap_optax.transform import scale_by_soap

@@ -7,7 +7,7 @@ Every function takes one block; `soap_optax.execution` decides when they run, an
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +21,20 @@ from soap_optax.refreshes import Method, Turned
 from soap_optax.second_moment import SecondMoment
 from soap_optax.state import Eigenframe
 
-Order = Literal["before_gradient", "after_gradient"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RefreshRule:
-    """How and when bases are refreshed.
+    """How the bases of a block that is due are refreshed.
 
     Attributes:
-      frequency: updates from one refresh of a block to the next, a scalar.
       tolerance: the off-diagonal mass up to which a block keeps its bases, a scalar; None where
         every block that is due is refreshed.
       method: how.
-      order: whether a refresh comes before or after the factors take in the step's gradient.
-      stagger: whether the blocks take turns.
     """
 
-    frequency: Array
     tolerance: Array | None
     method: Method = field(metadata={"static": True})
-    order: Order = field(metadata={"static": True})
-    stagger: bool = field(metadata={"static": True})
 
 
 class Moved(NamedTuple):
@@ -57,7 +49,6 @@ class Moved(NamedTuple):
 def refresh(
     frame: Eigenframe,
     factors: Sequence[Array],
-    first_age: Array,
     axes: Sequence[int],
     rule: RefreshRule,
 ) -> Eigenframe:
@@ -66,7 +57,6 @@ def refresh(
     Args:
       frame: the bases, moments and counters before.
       factors: the Kronecker factors, `(d, d)` each, in the dtype of the statistics.
-      first_age: how many updates ago the first bases count as made.
       axes: the preconditioned axes of the block, ascending.
       rule: how to refresh.
 
@@ -80,30 +70,26 @@ def refresh(
     )
     has_bases = frame.refreshes > 0
     moved = lax.cond(has_bases, partial(_later, axes, rule), partial(_first, axes), wide, factors)
-    return adopt(frame, factors, moved, jnp.where(has_bases, 0, first_age))
+    return adopt(frame, factors, moved)
 
 
-def adopt(frame: Eigenframe, factors: Sequence[Array], moved: Moved, age: Array) -> Eigenframe:
+def adopt(frame: Eigenframe, factors: Sequence[Array], moved: Moved) -> Eigenframe:
     """Moves a block to new bases if they can be trusted, and counts it either way.
 
     Args:
       frame: the bases, moments and counters before.
       factors: the factors that the new bases were made of, `(d, d)` each.
       moved: the new bases, and the moments in their coordinates.
-      age: how many updates ago the new bases count as made.
     """
     trusted = jnp.asarray(True)
     for factor, basis in zip(factors, moved.bases, strict=True):
         trusted &= jnp.all(jnp.isfinite(factor)) & matrices.is_orthonormal(basis)
     trusted |= moved.kept
+    frame = frame._replace(age=jnp.zeros_like(frame.age))
     new = frame._replace(
-        bases=moved.bases,
-        mu=moved.mu,
-        nu=moved.nu,
-        age=age,
-        refreshes=frame.refreshes + ~moved.kept,
+        bases=moved.bases, mu=moved.mu, nu=moved.nu, refreshes=frame.refreshes + ~moved.kept
     )
-    stayed = frame._replace(age=jnp.zeros_like(age), refused_refreshes=frame.refused_refreshes + 1)
+    stayed = frame._replace(refused_refreshes=frame.refused_refreshes + 1)
     return jax.tree.map(
         lambda new, old: jnp.where(trusted, new.astype(old.dtype), old), new, stayed
     )

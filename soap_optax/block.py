@@ -23,7 +23,7 @@ from jax import Array
 from jax.lax import Precision, PrecisionLike
 from jax.typing import DTypeLike
 
-from soap_optax import folding, second_moment
+from soap_optax import second_moment
 from soap_optax.second_moment import SecondMoment
 from soap_optax.state import StackState
 
@@ -84,24 +84,6 @@ def step_block(
         mu=mu.astype(state.mu.dtype),
         nu=nu,
         age=state.age + applied,
-    )
-
-
-def average_factors(
-    grad: Array, accepted: Array, factors: Sequence[Array], axes: Sequence[int], beta: Array
-) -> tuple[Array, ...]:
-    """Takes the Gram matrices of a gradient into the factors: `L`, `R` and their like.
-
-    Args:
-      grad: the block's gradient, `(*block)`, in the dtype of the statistics.
-      accepted: whether it may be taken in, a boolean scalar.
-      factors: `(d, d)` each, or folded.
-      axes: the preconditioned axes of the block, ascending.
-      beta: the decay of the factors.
-    """
-    return tuple(
-        average_factor(factor, gram_matrix(grad, axis), accepted, beta)
-        for factor, axis in zip(factors, axes, strict=True)
     )
 
 
@@ -191,10 +173,11 @@ def normalization(direction: Array, hyper: Hyperparameters) -> Array:
 
 
 def average_factor(factor: Array, gram: Array, accepted: Array, beta: Array) -> Array:
-    """Takes a Gram matrix, `(d, d)`, into its factor where the gradient is accepted."""
-    gram = gram if factor.shape == gram.shape else folding.fold(gram)
-    old = factor.astype(gram.dtype)
-    return jnp.where(accepted, beta * old + (1 - beta) * gram, old).astype(factor.dtype)
+    """Takes a Gram matrix into its factor, `L` or `R`, where the gradient is accepted.
+
+    Both are `(d, d)`, or arranged alike in another way.
+    """
+    return jnp.where(accepted, beta * factor + (1 - beta) * gram, factor)
 
 
 def gram_matrix(grad: Array, axis: int) -> Array:

@@ -1,12 +1,13 @@
-"""When and over what the equations run: stacks of blocks, ravelled leaves, refreshes when due.
+"""When and over what the equations of a block run: whole stacks, and refreshes when due.
 
 No equation lives here, and nothing here depends on how the parameter tree was cut.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,25 @@ from soap_optax import basis, block, folding, placement
 from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.planning import Group
-from soap_optax.state import Eigenframe, RavelledState, StackState
+from soap_optax.state import Eigenframe, StackState
+
+Order = Literal["before_gradient", "after_gradient"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RefreshTiming:
+    """When blocks are refreshed.
+
+    Attributes:
+      frequency: updates from one refresh of a block to the next, a scalar.
+      order: whether a refresh comes before or after the factors take in the step's gradient.
+      stagger: whether the blocks take turns.
+    """
+
+    frequency: Array
+    order: Order = field(metadata={"static": True})
+    stagger: bool = field(metadata={"static": True})
 
 
 def update_stack(
@@ -29,7 +48,7 @@ def update_stack(
     group: Group,
     number: int,
     hyper: Hyperparameters,
-    rule: RefreshRule,
+    refreshing: tuple[RefreshTiming, RefreshRule],
     sharding: NamedSharding | None,
 ) -> tuple[Array, StackState]:
     """Takes one gradient for each block of a stack, `(B, *block)`, and gives the updates.
@@ -43,37 +62,33 @@ def update_stack(
       group: the blocks and their padding.
       number: how many blocks other stacks have before these.
       hyper: the numbers of the step.
-      rule: how and when bases are refreshed.
+      refreshing: when and how bases are refreshed.
       sharding: how the stack is divided among devices; None if it is not.
     """
     blocks = group.blocks + group.padding
     padding = jnp.arange(blocks) >= group.blocks
-    first_ages = jnp.zeros(blocks, jnp.int32)
-    if rule.stagger:
-        first_ages = ages_in_turn(range(number, number + blocks), rule.frequency)
+    turns = jnp.asarray(turns_of(range(number, number + blocks)))
     update = partial(_update_blocks, group.block, group.axes)
     return placement.on_local_blocks(
-        update, (grads, padding, first_ages, state), (hyper, rule), sharding
+        update, (grads, padding, turns, state), (hyper, *refreshing), sharding
     )
 
 
-def ages_in_turn(numbers: Sequence[int], frequency: Array) -> Array:
-    """At what age the first bases of blocks begin, so that refreshes spread over the cycle, `(B,)`.
+def turns_of(numbers: Sequence[int]) -> np.ndarray:
+    """Where in a cycle of refreshes blocks have their turns, as fractions of the cycle, `(B,)`.
 
     Fractions of multiples of the golden ratio: those of any consecutive numbers lie evenly, and so
     do a stack's blocks, those of one device, and small stacks one after another.
     """
     golden = (math.sqrt(5) - 1) / 2
-    turns = np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)
-    ages = jnp.floor(turns * frequency.astype(jnp.float32)).astype(jnp.int32)
-    return jnp.clip(ages, 0, frequency - 1)
+    return np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)
 
 
 def _update_blocks(
     shape: tuple[int, ...],
     axes: tuple[int, ...],
     blocks: tuple[Array, Array, Array, StackState],
-    shared: tuple[Hyperparameters, RefreshRule],
+    shared: tuple[Hyperparameters, RefreshTiming, RefreshRule],
 ) -> tuple[Array, StackState]:
     """Refreshes the bases that are due, and takes a step.
 
@@ -81,28 +96,65 @@ def _update_blocks(
     In the first case, the authors refresh at the end of that previous step, from the same factors:
     the parameters are the same. A block of padding takes nothing in and counts nothing.
     """
-    (grads, padding, first_ages, state), (hyper, rule) = blocks, shared
+    (grads, padding, turns, state), (hyper, timing, rule) = blocks, shared
     stored = [array.dtype for array in (*state.factors, state.mu)]
     acceptable = jax.vmap(partial(block.is_acceptable, stored=stored))(grads)
     accepted = acceptable & ~padding
     lengths = tuple(shape[axis] for axis in axes)
 
     def take_in(state: StackState) -> StackState:
-        average = partial(block.average_factors, axes=axes, beta=hyper.shampoo_beta)
+        average = partial(_average_factors, axes, hyper.shampoo_beta)
         return state._replace(factors=jax.vmap(average)(grads, accepted, state.factors))
 
     before = state
-    if rule.order == "after_gradient":
+    if timing.order == "after_gradient":
         with jax.named_scope("step"):
             state = take_in(state)
     with jax.named_scope("refresh"):
-        state = refresh_if_due(state, accepted, first_ages, axes, lengths, rule)
+        due = accepted & is_due(state, turns, timing)
+        state = refresh_if_due(state, due, axes, lengths, rule)
     with jax.named_scope("step"):
         step = partial(block.step_block, axes=axes, hyper=hyper)
         updates, state = jax.vmap(step)(grads, accepted, state)
-        if rule.order == "before_gradient":
+        if timing.order == "before_gradient":
             state = take_in(state)
     return updates, state._replace(refused_gradients=before.refused_gradients + ~acceptable)
+
+
+def _average_factors(
+    axes: Sequence[int], beta: Array, grad: Array, accepted: Array, factors: Sequence[Array]
+) -> tuple[Array, ...]:
+    """Takes the Gram matrices of a block's gradient into its factors, as these are stored."""
+
+    def average(factor: Array, axis: int) -> Array:
+        gram = folding.arranged_as(factor, block.gram_matrix(grad, axis))
+        new = block.average_factor(factor.astype(gram.dtype), gram, accepted, beta)
+        return new.astype(factor.dtype)
+
+    return tuple(map(average, factors, axes))
+
+
+def is_due(state: StackState, turns: Array, timing: RefreshTiming) -> Array:
+    """Which blocks are to be refreshed if they accept a gradient, `(B,)`.
+
+    Those that have factors and no basis yet; and those that have been updated `frequency` times
+    since their last refresh or, staggered, those whose turn in the cycle it is. One that refuses
+    its gradient waits, so that nothing of it changes.
+
+    Args:
+      state: that of the stack.
+      turns: where in the cycle the blocks have their turns, `(B,)`, from 0 to 1.
+      timing: the frequency, and whether blocks take turns.
+    """
+    frequency = timing.frequency
+    if timing.stagger:
+        places = jnp.floor(turns * frequency.astype(turns.dtype)).astype(jnp.int32)
+        # Rounding may bring a turn of almost 1 to the end of a long cycle.
+        places = jnp.minimum(places, frequency - 1)
+        has_turn = state.accepted_gradients % frequency == places
+    else:
+        has_turn = state.age >= frequency
+    return (state.accepted_gradients > 0) & (has_turn | (state.refreshes == 0))
 
 
 # Outside `jax.jit` a conditional is compiled anew in every call, because its branches are functions
@@ -110,30 +162,22 @@ def _update_blocks(
 @partial(jax.jit, static_argnames=("axes", "lengths"))
 def refresh_if_due(
     state: StackState,
-    accepted: Array,
-    first_ages: Array,
+    due: Array,
     axes: tuple[int, ...],
     lengths: tuple[int, ...],
     rule: RefreshRule,
 ) -> StackState:
-    """Refreshes the bases of those blocks whose turn it is.
-
-    A block is due once it has been updated `frequency` times since its last refresh, or has factors
-    and no basis yet. One whose gradient is refused waits, so that nothing of it changes.
+    """Refreshes the bases of the blocks that are due.
 
     Only bases, moments and counters pass through the conditional; the branch that refreshes nothing
     hands them on without a copy.
     """
-    has_factors = state.accepted_gradients > 0
-    has_basis = state.refreshes > 0
-    due = accepted & has_factors & (~has_basis | (state.age >= rule.frequency))
     frame = Eigenframe(**{name: getattr(state, name) for name in Eigenframe._fields})
     frame = lax.cond(
         any_unbatched(due),
         partial(_refresh_blocks, axes, lengths),
-        lambda _due, _first_ages, _factors, frame, _rule: frame,
+        lambda _due, _factors, frame, _rule: frame,
         due,
-        first_ages,
         state.factors,
         frame,
         rule,
@@ -145,7 +189,6 @@ def _refresh_blocks(
     axes: Sequence[int],
     lengths: Sequence[int],
     due: Array,
-    first_ages: Array,
     factors: tuple[Array, ...],
     frame: Eigenframe,
     rule: RefreshRule,
@@ -153,18 +196,18 @@ def _refresh_blocks(
     """Goes through a stack one block at a time, so that each may be refreshed or kept."""
     dtype = jax.tree.leaves(frame.nu)[0].dtype
 
-    def refresh(first_age: Array, factors: tuple[Array, ...], frame: Eigenframe) -> Eigenframe:
+    def refresh(factors: tuple[Array, ...], frame: Eigenframe) -> Eigenframe:
         whole = tuple(
             folding.whole(factor, d).astype(dtype)
             for factor, d in zip(factors, lengths, strict=True)
         )
-        return basis.refresh(frame, whole, first_age, axes, rule)
+        return basis.refresh(frame, whole, axes, rule)
 
-    def refresh_or_keep(block: tuple[Array, Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
+    def refresh_or_keep(block: tuple[Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
         due, *operands = block
-        return lax.cond(due, refresh, lambda _age, _factors, frame: frame, *operands)
+        return lax.cond(due, refresh, lambda _factors, frame: frame, *operands)
 
-    return lax.map(refresh_or_keep, (due, first_ages, factors, frame))
+    return lax.map(refresh_or_keep, (due, factors, frame))
 
 
 def any_unbatched(flags: Array) -> Array:
@@ -186,72 +229,6 @@ def _any(flag: Array) -> Array:
 def _any_over_batch(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
     del axis_size, in_batched
     return _any(jnp.any(flag)), False
-
-
-def update_ravelled(
-    grads: Sequence[Array],
-    state: RavelledState,
-    group: Group,
-    hyper: Hyperparameters,
-    sharding: NamedSharding | None,
-) -> tuple[list[Array], RavelledState]:
-    """Takes the gradients of leaves without a preconditioned axis and gives their updates: Adam.
-
-    The moments of all of them are one vector, while each leaf is accepted, refused and scaled by
-    itself.
-
-    Args:
-      grads: the leaves stacked by shape, `(k, *leaf)`, in the dtype of the statistics.
-      state: the state of all of them.
-      group: the leaves and their padding.
-      hyper: the numbers of the step.
-      sharding: how the vector is divided among devices; None if it is not.
-
-    Returns:
-      The updates, in the shapes of `grads`, and the new state.
-    """
-    acceptable = jax.vmap(partial(block.is_acceptable, stored=[state.mu.dtype]))
-    accepted = jnp.concatenate([acceptable(grad) for grad in grads])
-    applied = accepted & (state.accepted_gradients > 0)
-    leaves = _consecutive_slices([len(grad) for grad in grads])
-    entries = _consecutive_slices([grad.size for grad in grads])
-
-    def spread(per_leaf: Array) -> Array:
-        """Repeats each leaf's value for all of its entries, `(N,)`; zero for the padding."""
-        parts = [
-            jnp.broadcast_to(per_leaf[leaf, None], (len(grad), grad[0].size)).ravel()
-            for grad, leaf in zip(grads, leaves, strict=True)
-        ]
-        return pad(jnp.concatenate(parts))
-
-    def pad(vector: Array) -> Array:
-        if group.padding:
-            vector = jnp.concatenate([vector, jnp.zeros(group.padding, vector.dtype)])
-        return placement.divide(vector, sharding)
-
-    correction = jax.vmap(partial(block.bias_correction, hyper=hyper))(state.accepted_gradients)
-    vector = pad(jnp.concatenate([grad.ravel() for grad in grads]))
-    mu, nu = block.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
-    assert isinstance(nu, Array)
-    # The division comes last: XLA would repeat cheaper work in the slice for every single leaf.
-    scaled = mu * spread(jnp.where(applied, correction, 0))
-    direction = block.adam_direction(scaled, nu, hyper)
-    if sharding is not None:
-        direction = placement.join_axis(direction, 0, sharding)
-    updates = [
-        direction[entry].reshape(grad.shape) for grad, entry in zip(grads, entries, strict=True)
-    ]
-    if hyper.normalize_grads:
-        unit = jax.vmap(lambda update, scale: update * scale * block.normalization(update, hyper))
-        updates = [
-            unit(update, correction[leaf]) for update, leaf in zip(updates, leaves, strict=True)
-        ]
-    return updates, RavelledState(
-        accepted_gradients=placement.replicate(state.accepted_gradients + accepted, sharding),
-        refused_gradients=placement.replicate(state.refused_gradients + ~accepted, sharding),
-        mu=mu.astype(state.mu.dtype),
-        nu=nu,
-    )
 
 
 def hide_from_cpu_compiler(numbers: Sequence[int], count: Array) -> dict[int, ArrayLike]:
@@ -276,8 +253,3 @@ def _hidden(numbers: tuple[int, ...], count: Array) -> tuple[Array, ...]:
         return lax.cond(any_unbatched(count >= 0), lambda: known, lambda: known[:1] * len(known))
 
     return lax.platform_dependent(cpu=behind_a_conditional, default=lambda: known) if known else ()
-
-
-def _consecutive_slices(lengths: Sequence[int]) -> list[slice]:
-    ends = list(accumulate(lengths))
-    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]

@@ -28,6 +28,11 @@ def whole(factor: Array, d: int) -> Array:
     return factor if factor.shape == (d, d) else unfold(factor, d)
 
 
+def arranged_as(factor: Array, matrix: Array) -> Array:
+    """A symmetric matrix, `(d, d)`, folded if the factor is."""
+    return matrix if factor.shape == matrix.shape else fold(matrix)
+
+
 def unfold(folded: Array, d: int) -> Array:
     """The symmetric matrix, `(d, d)`."""
     half = (d + 1) // 2

@@ -14,9 +14,20 @@ from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, exchange, execution, layout, placement, planning, trees, views
-from soap_optax.basis import Order, RefreshRule
+from soap_optax import (
+    arguments,
+    exchange,
+    execution,
+    layout,
+    placement,
+    planning,
+    ravelled,
+    trees,
+    views,
+)
+from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
+from soap_optax.execution import Order, RefreshTiming
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
@@ -136,8 +147,8 @@ def scale_by_soap(
         bases up to which a block that is due keeps its bases until it is due again.
       refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold
         the step's gradient, as in the authors' code, or ``"after_gradient"``, from factors that do.
-      stagger: whether the blocks take turns, so that each step refreshes as many as another, at a
-        constant frequency. First bases are still made all at once.
+      stagger: whether the blocks take turns, so that each step refreshes as many as another. First
+        bases are still made all at once.
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
       preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None
@@ -205,14 +216,10 @@ def scale_by_soap(
             precision=precision,
         )
 
-    def rule_at(count: Array) -> RefreshRule:
-        return RefreshRule(
-            frequency=frequency_at(precondition_frequency, count),
-            tolerance=None if refresh_tolerance is None else jnp.asarray(refresh_tolerance),
-            method=refresh,
-            order=refresh_order,
-            stagger=stagger,
-        )
+    def refreshing_at(count: Array) -> tuple[RefreshTiming, RefreshRule]:
+        frequency = frequency_at(precondition_frequency, count)
+        tolerance = None if refresh_tolerance is None else jnp.asarray(refresh_tolerance)
+        return RefreshTiming(frequency, refresh_order, stagger), RefreshRule(tolerance, refresh)
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         if stands_for_any_params(params):
@@ -234,19 +241,19 @@ def scale_by_soap(
         if sharding is not None:
             update = placement.with_automatic_axes(update)
         hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
-        new_leaves, new_state = update((rule_at(state.count), hyper), leaves, state)
+        new_leaves, new_state = update((refreshing_at(state.count), hyper), leaves, state)
         return jax.tree.unflatten(treedef, new_leaves), new_state
 
     def update_leaves(
         plan: planning.Plan,
-        numbers: tuple[RefreshRule, dict[str, Hyperparameters]],
+        numbers: tuple[tuple[RefreshTiming, RefreshRule], dict[str, Hyperparameters]],
         leaves: list[ArrayLike],
         state: ScaleBySoapState,
     ) -> tuple[list[Array], ScaleBySoapState]:
-        rule, hyper = numbers
+        refreshing, hyper = numbers
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[planning.Region, Array] = {}
-        stacks, ravelled = {}, {}
+        stacks, vectors = {}, {}
         number = 0
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
@@ -257,7 +264,7 @@ def scale_by_soap(
                     group,
                     number,
                     hyper[group.dtype.name],
-                    rule,
+                    refreshing,
                     sharding,
                 )
                 number += group.blocks
@@ -265,7 +272,7 @@ def scale_by_soap(
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):
                 grads = layout.gather(leaves, plan, group)
-                run_updates, ravelled[name] = execution.update_ravelled(
+                run_updates, vectors[name] = ravelled.update(
                     grads, state.ravelled[name], group, hyper[group.dtype.name], sharding
                 )
                 blocks |= layout.split(run_updates, group, starts)
@@ -273,7 +280,7 @@ def scale_by_soap(
             layout_version=state.layout_version,
             count=jnp.asarray(optax.safe_increment(state.count)),
             stacks=stacks,
-            ravelled=ravelled,
+            ravelled=vectors,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

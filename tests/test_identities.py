@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 import soap_optax
-from soap_optax import alias, block, execution, planning, views
+from soap_optax import alias, block, execution, planning, ravelled, views
 
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
 Step = Callable[..., tuple[jax.Array, State]]
@@ -408,7 +408,7 @@ def test_blocks_hold_every_entry_once_and_nothing_else_and_go_back_in_place(
     # With the equations taken out, what comes out of an update is what went in.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "update_stack", keep_stack)
-        patch.setattr(execution, "update_ravelled", keep_ravelled)
+        patch.setattr(ravelled, "update", keep_ravelled)
         optimizer = soap_optax.scale_by_soap(**options)
         updates: Any = optimizer.update(leaves, optimizer.init(leaves))[0]
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), entries)

@@ -1,6 +1,7 @@
 """When a block's bases are refreshed: skipped where they are near, in turns, before or after."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,17 +150,60 @@ def test_staggered_blocks_refresh_as_if_each_had_begun_at_another_time(frequency
     """Block by block, the run is one without turns whose ages were set after the first bases."""
     grads = gradients(20, blocks=5)
     found, stacks = run(grads, frequency, stagger=True)
-    first_ages = execution.ages_in_turn(range(5), jnp.int32(frequency))
+    places = np.floor(execution.turns_of(range(5)) * frequency).astype(int)
 
     state: Any = soap_optax.scale_by_soap().init(grads[0])
     for call, grad in enumerate(grads):
         update, state = step_of()(grad, state, frequency)
         if call == 1:  # The first update is taken in the same call as the bases.
-            stack = state.stacks[NAME]._replace(age=1 + first_ages)
+            # Due again after as many updates as lie between this gradient and the next turn.
+            begun = frequency - (places - 2) % frequency
+            stack = state.stacks[NAME]._replace(age=jnp.asarray(begun, jnp.int32))
             state = state._replace(stacks={NAME: stack})
         assert_close(found[call], update)
         assert stacks[call].refreshes.tolist() == state.stacks[NAME].refreshes.tolist()
     assert stacks[-1].refreshes.min() >= 1 + 18 // frequency
+
+
+def test_the_age_of_a_staggered_block_counts_its_updates_since_its_last_refresh() -> None:
+    grads = gradients(20, blocks=5)
+    _, stacks = run(grads, 7, stagger=True)
+    ages = np.zeros(5, int)
+    for before, after in itertools.pairwise(stacks):
+        refreshed = np.asarray(after.refreshes > before.refreshes)
+        ages = np.where(refreshed, 0, ages) + 1
+        assert after.age.tolist() == ages.tolist()
+        assert ages.max() <= 7
+
+
+def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() -> None:
+    """At frequency 1 all are refreshed together; what was spread before must be so again."""
+    grads = gradients(60, blocks=24)
+    schedule = [10] * 20 + [1] * 5 + [6] * 35
+    state: Any = soap_optax.scale_by_soap().init(grads[0])
+    totals = [0]
+    for grad, frequency in zip(grads, schedule, strict=True):
+        _, state = step_of(stagger=True)(grad, state, frequency)
+        totals.append(int(state.stacks[NAME].refreshes.sum()))
+    in_a_step = np.diff(totals)
+    assert in_a_step[20:25].tolist() == [24] * 5
+    assert sorted(set(in_a_step[25:])) == [3, 4, 5]
+    for start in range(25, 55):
+        assert in_a_step[start : start + 6].sum() == 24  # Each block once in any six steps.
+
+
+def test_a_block_that_refuses_gradients_keeps_its_turn_and_stops_no_other() -> None:
+    grads = gradients(20, blocks=3)
+    bad = [grad | {"001": jnp.full(SHAPE, jnp.nan)} for grad in grads[:4]]
+    _, stacks = run([*grads[:5], *bad, *grads[5:]], 4, stagger=True)
+    _, wanted = run(grads, 4, stagger=True)
+    assert stacks[-1].accepted_gradients.tolist() == [24, 20, 24]
+    last, plain = stacks[-1], wanted[-1]
+    assert last.refreshes[1] == plain.refreshes[1]
+    assert last.age[1] == plain.age[1]
+    for array, other in zip(last.bases, plain.bases, strict=True):
+        np.testing.assert_allclose(array[1], other[1], atol=ROUNDING)
+    assert last.refreshes[0] == plain.refreshes[0] + 1
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 12, 48, 100])
@@ -169,14 +213,33 @@ def test_turns_are_spread_evenly_over_the_cycle_for_any_consecutive_blocks(
 ) -> None:
     for frequency in (1, 2, 5, 10, 100):
         numbers = range(start, start + blocks)
-        ages = np.asarray(execution.ages_in_turn(numbers, jnp.int32(frequency)))
-        assert ages.min() >= 0
-        assert ages.max() < frequency
-        counts = np.bincount(ages, minlength=frequency)
+        turns = execution.turns_of(numbers)
+        assert turns.min() >= 0
+        assert turns.max() < 1
+        counts = np.bincount(np.floor(turns * frequency).astype(int), minlength=frequency)
         # Three distances between neighbours, the largest at most 2.7 times the smallest.
         assert counts.max() <= np.ceil(blocks / frequency) + 1
         if blocks >= 4 * frequency:
             assert counts.min() >= np.floor(blocks / frequency) - 1
+
+
+@pytest.mark.parametrize("frequency", [3, 10**6, 2**30, 2**31 - 1])
+def test_every_turn_comes_in_a_cycle_of_any_length(frequency: int) -> None:
+    """The turn just below 1 is rounded up to a whole cycle in float32."""
+    turns = np.nextafter(np.float32(1), np.float32(0), dtype=np.float32) * np.ones(1, np.float32)
+    timing = execution.RefreshTiming(jnp.int32(frequency), "before_gradient", stagger=True)
+    _, stacks = run(gradients(2), 1)
+    due = [
+        bool(
+            execution.is_due(
+                stacks[-1]._replace(accepted_gradients=jnp.full(1, count, jnp.int32)),
+                jnp.asarray(turns),
+                timing,
+            )[0]
+        )
+        for count in range(max(1, frequency - 200), frequency)
+    ]
+    assert any(due)
 
 
 def test_no_step_refreshes_many_more_blocks_than_another() -> None:
