@@ -208,7 +208,7 @@ def check_precision(value: Any) -> None:
 
 
 def check_dtype(name: str, value: DTypeLike | None) -> None:
-    """Raises unless `value` is None or a floating dtype with at least the range of float32."""
+    """Raises unless `value` is None or a float at least as wide and as precise as bfloat16."""
     if value is None:
         return
     try:
@@ -226,16 +226,28 @@ def check_dtype(name: str, value: DTypeLike | None) -> None:
             f"{name} must be as wide in range as float32, got {dtype.name}, in which an ordinary "
             "gradient may become an infinity; jnp.bfloat16 has that range in 16 bits"
         )
+    if jnp.finfo(dtype).nmant < jnp.finfo(jnp.bfloat16).nmant:
+        raise ValueError(
+            f"{name} must be as precise as bfloat16, got {dtype.name}, in which averages stand "
+            "still; pass jnp.bfloat16"
+        )
 
 
 def check_integer(
-    name: str, value: Any, least: int, way_out: str, hint: str = _STATIC_HINT
+    name: str,
+    value: Any,
+    least: int,
+    way_out: str,
+    hint: str = _STATIC_HINT,
+    most: int | None = None,
 ) -> None:
-    """Raises unless `value` is an integer of at least `least`."""
+    """Raises unless `value` is an integer of at least `least`, and at most `most` if given."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}; {way_out}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 _TINY = np.finfo(np.float32).tiny

@@ -112,7 +112,7 @@ def _later(
     if rule.tolerance is None:
         return turn(frame, factors, products)
     masses = map(matrices.off_diagonal_mass, products, frame.bases)
-    near = jnp.max(jnp.stack(list(masses))) <= rule.tolerance
+    near = jnp.all(jnp.stack(list(masses)) <= rule.tolerance)
     return lax.cond(near, _kept, turn, frame, factors, products)
 
 

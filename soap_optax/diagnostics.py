@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from soap_optax import folding, second_moment
 from soap_optax.matrices import (
     departure_from_orthonormality,
+    largest_magnitude,
     off_diagonal_mass,
     rayleigh_quotients,
 )
@@ -34,7 +35,8 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
       eigenbasis and at most 1.
     - ``soap/512x2048/departure_from_orthonormality``: the largest entry of
       :math:`|Q^\top Q - I|`. A refresh whose result exceeds the square root of the machine epsilon
-      (3.5e-4 in float32) is refused.
+      (3.5e-4 in float32) is refused. Bases that are stored in bfloat16 are rounded afterwards, to
+      about 4e-3.
     - ``soap/512x2048/condition_number``: the largest entry of the diagonal of :math:`B` over the
       smallest. These Rayleigh quotients are the eigenvalues where the off-diagonal mass is 0, and
       lie between the smallest and the largest elsewhere, so that the true condition number is no
@@ -146,7 +148,9 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
     worst = functools.reduce(
         functools.partial(jax.tree.map, jnp.maximum),
         [
-            jax.tree.map(jnp.max, jax.vmap(_scalars_of_factor)(*_sampled(pair, stack, sample)))
+            jax.tree.map(
+                largest_magnitude, jax.vmap(_scalars_of_factor)(*_sampled(pair, stack, sample))
+            )
             for pair in zip(stack.factors, stack.bases, strict=True)
         ],
     )

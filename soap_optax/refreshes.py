@@ -113,7 +113,7 @@ def rotation_angles(rotated: Array) -> Array:
     rotation of all pairs at once are reduced, with those of its partners in the pair.
     """
     rotated = (rotated + rotated.T) / 2
-    largest = jnp.max(jnp.abs(rotated))
+    largest = matrices.largest_magnitude(rotated)
     scaled = rotated / jnp.where(largest > 0, largest, 1)
     diagonal = jnp.diagonal(scaled)
     gap = diagonal[None, :] - diagonal[:, None]

@@ -1,8 +1,10 @@
 """`precondition_frequency`: the one in force, and a ready schedule for it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -27,17 +29,18 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
       >>> optimizer = soap_optax.soap(3e-3, precondition_frequency=frequency)
 
     Args:
-      dense: after how many more updates the interval grows by one, at least 1.
-      most: the longest interval, at least 1.
+      dense: after how many more updates the interval grows by one, from 1 to 2147483647.
+      most: the longest interval, from 1 to 2147483647.
 
     Returns:
       A function from the number of updates so far to the interval, an integer scalar.
 
     Raises:
-      TypeError, ValueError: where an argument is not an integer of at least 1.
+      TypeError, ValueError: where an argument is not such an integer.
     """
-    arguments.check_integer("dense", dense, 1, "1 lengthens the interval in every update", hint="")
-    arguments.check_integer("most", most, 1, "1 refreshes in every step", hint="")
+    check = partial(arguments.check_integer, least=1, hint="", most=np.iinfo(np.int32).max)
+    check("dense", dense, way_out="1 lengthens the interval in every update")
+    check("most", most, way_out="1 refreshes in every step")
 
     def frequency(count: ArrayLike) -> Array:
         return jnp.clip(jnp.asarray(count) // dense, 1, most).astype(jnp.int32)

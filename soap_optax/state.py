@@ -60,7 +60,8 @@ class StackState(NamedTuple):
       mu: first moment in the eigenbases' coordinates, `(B, *block)`.
       nu: second moment in the eigenbases' coordinates, `(B, *block)`; with ``factored`` its means
         over all axes but one, `(B, d)` for each axis of the block.
-      bases: eigenvectors of each factor as of the last refresh, `(B, d, d)`; identity before that.
+      bases: eigenvectors of each factor as of the last refresh, `(B, d, d)`, columns by descending
+        eigenvalue unless the method leaves them in place (see `Eigenframe`); identity before that.
       age: updates applied since the last refresh was due, `(B,)`.
       refreshes: bases adopted so far, the first included, `(B,)`.
       refused_refreshes: refreshes refused, the old basis kept, `(B,)`.
@@ -113,7 +114,10 @@ class ScaleBySoapState(NamedTuple):
 
 @dataclass(frozen=True)
 class Storage:
-    """How the state is stored; the fields are arguments of `scale_by_soap`."""
+    """How the state is stored; the fields are arguments of `scale_by_soap`.
+
+    A dtype that is wider than that of the statistics, in which all is computed, is not used.
+    """
 
     mu_dtype: DTypeLike | None
     preconditioner_dtype: DTypeLike | None
@@ -133,7 +137,7 @@ def initial_state(plan: Plan, storage: Storage) -> ScaleBySoapState:
 
 def _empty_stack(group: Group, storage: Storage) -> StackState:
     blocks, dtype = group.blocks + group.padding, group.dtype
-    narrow = storage.preconditioner_dtype or dtype
+    narrow = _narrower(storage.preconditioner_dtype, dtype)
     lengths = [group.block[axis] for axis in group.axes]
     shapes = [folding.folded_shape(d) if storage.fold_factors else (d, d) for d in lengths]
     if storage.factored:
@@ -144,7 +148,7 @@ def _empty_stack(group: Group, storage: Storage) -> StackState:
         accepted_gradients=jnp.zeros(blocks, jnp.int32),
         refused_gradients=jnp.zeros(blocks, jnp.int32),
         factors=tuple(jnp.zeros((blocks, *shape), narrow) for shape in shapes),
-        mu=jnp.zeros((blocks, *group.block), storage.mu_dtype or dtype),
+        mu=jnp.zeros((blocks, *group.block), _narrower(storage.mu_dtype, dtype)),
         nu=nu,
         bases=tuple(jnp.tile(jnp.eye(d, dtype=narrow), (blocks, 1, 1)) for d in lengths),
         age=jnp.zeros(blocks, jnp.int32),
@@ -157,6 +161,13 @@ def _empty_vector(group: Group, storage: Storage) -> RavelledState:
     return RavelledState(
         accepted_gradients=jnp.zeros(group.blocks, jnp.int32),
         refused_gradients=jnp.zeros(group.blocks, jnp.int32),
-        mu=jnp.zeros(group.entries + group.padding, storage.mu_dtype or group.dtype),
+        mu=jnp.zeros(group.entries + group.padding, _narrower(storage.mu_dtype, group.dtype)),
         nu=jnp.zeros(group.entries + group.padding, group.dtype),
     )
+
+
+def _narrower(wanted: DTypeLike | None, statistics: DTypeLike) -> DTypeLike:
+    """The dtype to store in: what is wanted, unless that takes more bits than it could hold."""
+    if wanted is None or jnp.finfo(wanted).bits > jnp.finfo(statistics).bits:
+        return statistics
+    return wanted

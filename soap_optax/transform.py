@@ -121,8 +121,8 @@ def scale_by_soap(
         correction multiplies it.
       correct_bias: whether to apply Adam's bias correction.
       mu_dtype: dtype in which the first moment is stored, one with at least the range of float32,
-        such as bfloat16; None means that of the statistics, which is float32, or float64 for leaves
-        in float64.
+        such as bfloat16; None, or a wider one, means that of the statistics, which is float32, or
+        float64 for leaves in float64.
       block_size: None to give a leaf one preconditioner, or the largest length of the tiles into
         which its axes are cut, each with a preconditioner of its own.
       dimension_numbers: None, or which axes of each leaf form a matrix: a tree with the structure
@@ -151,9 +151,9 @@ def scale_by_soap(
         bases are still made all at once.
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
-      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None
-        means that of the statistics, in which refreshes are computed in any case. A factor in
-        bfloat16 follows decays of up to 0.99; beyond, what a gradient adds to it is rounded away.
+      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None, or
+        a wider one, means that of the statistics, in which refreshes are always computed. A factor
+        in bfloat16 follows decays of up to 0.99; beyond, what a gradient adds is rounded away.
       fold_factors: whether the symmetric factors are stored as one triangle.
       precision: that of the products which rotate gradients and updates, as of `jax.lax.dot`. None
         means the default of the platform, or of ``jax.default_matmul_precision``. Factors and

@@ -81,6 +81,12 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         "must be as wide in range as float32",
         "jnp.bfloat16",
     ),
+    (
+        ("mu_dtype", "preconditioner_dtype"),
+        ["float8_e8m0fnu"],
+        "must be as precise as bfloat16",
+        "jnp.bfloat16",
+    ),
     (("learning_rate",), [np.nan, np.inf, -np.inf], "must be finite", "3e-3 is a good start"),
     (
         ("weight_decay",),

@@ -235,6 +235,20 @@ def test_a_basis_that_is_not_orthonormal_shows() -> None:
     assert scalars_of(np.eye(6), basis)["departure_from_orthonormality"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("sample", [1, None])
+def test_a_nan_shows_in_large_bases_too(sample: int | None) -> None:
+    state: Any = soap_optax.scale_by_soap().init({"w": jnp.zeros((100, 80))})
+    stack = state.stacks["100x80"]
+    for spoiled in (
+        [stack.bases[0].at[0, 99, 3].set(jnp.nan), stack.bases[1]],
+        [stack.bases[0], jnp.full_like(stack.bases[1], jnp.nan)],
+    ):
+        planted = stack._replace(bases=tuple(spoiled))
+        scalars = soap_optax.diagnostics(state._replace(stacks={"100x80": planted}), sample=sample)
+        assert np.isnan(scalars["soap/100x80/departure_from_orthonormality"])
+        assert np.isnan(scalars["soap/100x80/off_diagonal_mass"])
+
+
 def test_entries_without_a_second_moment_count_for_nothing() -> None:
     stack = trained_state().stacks["7x5"]
     mu, nu = jnp.zeros((3, 7, 5)), jnp.zeros((3, 7, 5))

@@ -231,9 +231,10 @@ def test_only_the_tile_that_holds_the_nan_is_held_back() -> None:
 
 # Refreshes that fail.
 
-SOUND, NAN, INFINITY, NOT_UNIT, NOT_ORTHOGONAL, ZERO, IDENTITY = range(7)
+SOUND, NAN, NOTHING_ELSE, INFINITY, NOT_UNIT, NOT_ORTHOGONAL, ZERO, IDENTITY = range(8)
 FAILURES = {
     "nan": NAN,
+    "nothing but nan": NOTHING_ELSE,
     "infinity": INFINITY,
     "not unit": NOT_UNIT,
     "not orthogonal": NOT_ORTHOGONAL,
@@ -243,7 +244,7 @@ FAILURES = {
 
 @functools.cache
 def step_with_failing_refresh() -> Step:
-    """A step in which every decomposition returns what it is told to, for one matrix `(6, 4)`."""
+    """A step in which every decomposition returns what it is told to, for one matrix."""
     sound_qr, sound_eigh = matrices.orthonormal_factor, matrices.descending_eigenvectors
 
     @jax.jit
@@ -253,6 +254,7 @@ def step_with_failing_refresh() -> Step:
                 [
                     result,
                     result.at[0, 0].set(jnp.nan),
+                    jnp.full_like(result, jnp.nan),
                     result.at[-1, 0].set(jnp.inf),
                     result * 1.001,
                     result.at[:, 0].set(result[:, 1]),
@@ -331,6 +333,25 @@ def test_refresh_that_cannot_be_trusted_is_refused_counted_and_tried_again(failu
     stack = state.stacks["6x4"]
     assert (stack.refreshes.tolist(), stack.refused_refreshes.tolist()) == ([2], [1])
     assert np.abs(stack.bases[0] - waiting.bases[0]).max() > 1e-3
+    assert_all_finite((updates, state))
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_large_block_refuses_what_a_small_one_does(failure: int) -> None:
+    """XLA's maximum over many numbers forgets a NaN on CPUs, also over those that probe 300."""
+    step = step_with_failing_refresh()
+    grads = [
+        {"matrix": grad}
+        for grad in jnp.asarray(np.random.default_rng(1).normal(size=(6, 300, 4)), jnp.float32)
+    ]
+    _, state = step(grads[0], init(grads[0]), 1, SOUND)
+    _, state = step(grads[1], state, 1, failure)
+    assert state.stacks["300x4"].refused_refreshes.tolist() == [1]
+    _, sound = step(grads[2], state, 1, SOUND)
+    updates, state = step(grads[3], sound, 1, failure)
+    stack = state.stacks["300x4"]
+    assert (stack.refreshes.tolist(), stack.refused_refreshes.tolist()) == ([1], [2])
+    assert_same_bits(stack.bases, sound.stacks["300x4"].bases)
     assert_all_finite((updates, state))
 
 

@@ -215,13 +215,14 @@ def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
 # The guard.
 
 
-@pytest.mark.parametrize("d", [8, 32, 33, 200])
+@pytest.mark.parametrize("d", [8, 32, 33, 64, 200, 300])
 def test_the_probed_departure_sees_what_is_there(d: int) -> None:
     basis = jnp.asarray(random_basis(d), jnp.float32)
     tolerance = matrices.orthonormality_tolerance(basis)
     assert matrices.probed_departure(basis) < tolerance / 10
     for spoiled in (
         basis.at[-1, 0].set(jnp.nan),
+        jnp.full_like(basis, jnp.nan),
         basis.at[0, -1].set(jnp.inf),
         basis * 1.001,
         basis.at[:, 0].set(basis[:, 1]),
@@ -229,6 +230,27 @@ def test_the_probed_departure_sees_what_is_there(d: int) -> None:
         jnp.zeros_like(basis),
     ):
         assert not matrices.is_orthonormal(spoiled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1, 31, 32, 4095, 4096, 100_000])
+def test_the_largest_magnitude_of_any_number_of_entries_tells_of_a_nan(
+    size: int, dtype: Any
+) -> None:
+    array = jnp.linspace(-3, 2, size, dtype=dtype)
+    assert matrices.largest_magnitude(array) == 3
+    for spoiled in (array.at[0].set(jnp.nan), array.at[-1].set(jnp.nan), array * jnp.nan):
+        assert jnp.isnan(matrices.largest_magnitude(spoiled))
+        assert matrices.largest_magnitude(spoiled).dtype == dtype
+
+
+def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:
+    factor, basis = jnp.eye(80), jnp.asarray(random_basis(80), jnp.float32)
+    for product, columns in (
+        (factor.at[3, 3].set(jnp.nan) @ basis, basis),
+        (factor @ basis, basis.at[:, 3].set(jnp.nan)),
+    ):
+        assert jnp.isnan(matrices.off_diagonal_mass(product, columns))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 1e3])
@@ -244,7 +266,7 @@ def test_a_matrix_is_polished_to_the_nearest_orthonormal_one(d: int, scale: floa
     np.testing.assert_allclose(found, left @ right, atol=1e-4)
 
 
-@pytest.mark.parametrize("matrix", [jnp.zeros((40, 40)), jnp.full((40, 40), jnp.nan)])
+@pytest.mark.parametrize("matrix", [jnp.zeros((40, 40)), jnp.full((300, 300), jnp.nan)])
 def test_what_cannot_be_polished_ends_and_is_not_orthonormal(matrix: jax.Array) -> None:
     assert not matrices.is_orthonormal(matrices.polished(matrix))
 

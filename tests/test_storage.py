@@ -296,3 +296,15 @@ def test_updates_from_narrow_storage_stay_near_those_from_wide(storage: str) -> 
             # bases. Two percent were seen; what belongs to another basis is off by as much as it is
             # long.
             assert jnp.linalg.norm(update[name] - leaf) <= 0.05 * jnp.linalg.norm(leaf)
+
+
+@pytest.mark.usefixtures("x64")
+def test_nothing_is_stored_wider_than_it_is_computed() -> None:
+    """One leaf's statistics are float32; a wider dtype would add no digit to them."""
+    params = {"wide": jnp.zeros((3, 2), jnp.float64), "narrow": jnp.zeros((3, 2), jnp.float32)}
+    optimizer = soap_optax.scale_by_soap(mu_dtype=float, preconditioner_dtype=np.float64)
+    state: State = optimizer.init(params)
+    for name, dtype in (("3x2", np.float32), ("3x2_float64", np.float64)):
+        stack = state.stacks[name]
+        arrays = [stack.mu, stack.nu, *stack.factors, *stack.bases]
+        assert {array.dtype for array in arrays} == {np.dtype(dtype)}
