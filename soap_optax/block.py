@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import Precision, PrecisionLike
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from soap_optax import second_moment
@@ -178,9 +178,3 @@ def average_factor(factor: Array, gram: Array, accepted: Array, beta: Array) -> 
     Both are `(d, d)`, or arranged alike in another way.
     """
     return jnp.where(accepted, beta * factor + (1 - beta) * gram, factor)
-
-
-def gram_matrix(grad: Array, axis: int) -> Array:
-    """The Gram matrix of one axis, `(d, d)`: `G G^T` for axis 0 of a matrix, `G^T G` for axis 1."""
-    others = [other for other in range(grad.ndim) if other != axis]
-    return jnp.tensordot(grad, grad, axes=(others, others), precision=Precision.HIGHEST)

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from soap_optax import basis, block, folding, placement
+from soap_optax import basis, block, folding, matrices, placement
 from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.planning import Group
@@ -127,7 +127,7 @@ def _average_factors(
     """Takes the Gram matrices of a block's gradient into its factors, as these are stored."""
 
     def average(factor: Array, axis: int) -> Array:
-        gram = folding.arranged_as(factor, block.gram_matrix(grad, axis))
+        gram = folding.arranged_as(factor, matrices.gram_matrix(grad, axis))
         new = block.average_factor(factor.astype(gram.dtype), gram, accepted, beta)
         return new.astype(factor.dtype)
 

@@ -1,8 +1,10 @@
 """Linear algebra of single matrices: decompositions, and how near to orthonormal a basis is.
 
-Every function takes one matrix. All products state the highest precision: a TF32 product has been
-measured to turn an eigenvalue of 0.1 into -6.
+Every function takes one matrix, or one array. All products state the highest precision: a TF32
+product has been measured to turn an eigenvalue of 0.1 into -6.
 """
+
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,7 +31,7 @@ def _eigh(matrix: Array) -> Array:
 def _cholesky_qr(matrix: Array) -> Array:
     lengths = jnp.linalg.norm(matrix, axis=0)
     scaled = matrix / jnp.where(lengths > 0, lengths, 1)
-    lower = lax.linalg.cholesky(times(scaled.T, scaled), symmetrize_input=False)
+    lower = lax.linalg.cholesky(gram_matrix(scaled, 1), symmetrize_input=False)
     return lax.linalg.triangular_solve(lower, scaled, lower=True, transpose_a=True)
 
 
@@ -60,6 +62,36 @@ def descending_eigenvectors(factor: Array) -> Array:
 def times(left: Array, right: Array) -> Array:
     """The product of two matrices in their full precision."""
     return jnp.matmul(left, right, precision=Precision.HIGHEST)
+
+
+# On CPUs, the lower triangle of a large Gram matrix takes less time than all of it: ten products of
+# parts of the axis instead of sixteen. Measured there, and done there only.
+PARTS, PARTS_FROM = 4, 512
+
+
+def gram_matrix(array: Array, axis: int) -> Array:
+    """The Gram matrix of one axis, `(d, d)`: `G G^T` for axis 0 of a matrix, `G^T G` for axis 1."""
+    whole, by_parts = partial(_inner_products, axis=axis), partial(_gram_by_parts, axis=axis)
+    if array.shape[axis] < PARTS_FROM:
+        return whole(array, array)
+    return lax.platform_dependent(array, cpu=by_parts, default=lambda array: whole(array, array))
+
+
+def _gram_by_parts(array: Array, axis: int) -> Array:
+    """The Gram matrix from the products of parts of the axis, each pair of which is taken once."""
+    parts = jnp.array_split(array, PARTS, axis)
+    lower = [
+        [_inner_products(part, other, axis) for other in parts[: number + 1]]
+        for number, part in enumerate(parts)
+    ]
+    numbers = range(PARTS)
+    return jnp.block([[lower[i][j] if i >= j else lower[j][i].T for j in numbers] for i in numbers])
+
+
+def _inner_products(left: Array, right: Array, axis: int) -> Array:
+    """The inner products of the slices of two arrays along one axis."""
+    others = [other for other in range(left.ndim) if other != axis]
+    return jnp.tensordot(left, right, axes=(others, others), precision=Precision.HIGHEST)
 
 
 def largest_magnitude(array: Array) -> Array:
@@ -100,7 +132,7 @@ def orthonormality_tolerance(basis: Array) -> Array:
 
 def departure_from_orthonormality(basis: Array) -> Array:
     """The largest entry of `|Q^T Q - I|`; NaN where the basis has one."""
-    return largest_magnitude(times(basis.T, basis) - jnp.eye(len(basis), dtype=basis.dtype))
+    return largest_magnitude(gram_matrix(basis, 1) - jnp.eye(len(basis), dtype=basis.dtype))
 
 
 # How many vectors probe a basis.
@@ -152,7 +184,7 @@ def polished(matrix: Array) -> Array:
 
     def iterate(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         iteration, matrix = carry
-        gram = times(matrix.T, matrix)
+        gram = gram_matrix(matrix, 1)
         bound = jnp.max(jnp.sum(jnp.abs(gram), axis=0))  # of the largest squared singular value
         scale = jnp.where(bound > 2.5, bound, 1)
         matrix = times(matrix, 1.5 * identity - 0.5 * gram / scale) / jnp.sqrt(scale)
