@@ -86,15 +86,18 @@ def shapes_of(model: Model) -> dict[str, Any]:
     )
 
 
-def specs_of(params: Any, mesh: Mesh) -> Any:
-    """Matrices of layers split along both axes, tables of embeddings along the longest."""
+def specs_of(params: Any) -> Any:
+    """Matrices of layers split over one axis of the mesh, tables of embeddings over both.
+
+    Each along its longest axis. A layer is gathered within a group of chips as a step needs it, and
+    every group has all layers.
+    """
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
-        if len(leaf.shape) == 3:
-            return P(None, *mesh.axis_names)
-        if leaf.shape[0] < 100:
+        *layers, rows, columns = leaf.shape
+        if not layers and rows < 100:
             return P()  # Norms.
-        return P(*[None] * int(leaf.shape[1] > leaf.shape[0]), mesh.axis_names)
+        return P(*[None] * (len(layers) + int(columns > rows)), AXES[-1] if layers else AXES)
 
     return jax.tree.map(spec, params)
 
@@ -217,7 +220,7 @@ def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) ->
     """Compiles a training step, and the update in it by itself."""
     model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
     params = shapes_of(model)
-    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(params, mesh))
+    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(params))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
