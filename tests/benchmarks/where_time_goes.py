@@ -42,9 +42,14 @@ CONTAINERS = ("while", "conditional", "call")
 DECOMPOSITION = re.compile(r"geqrf|orgqr|householder|syevd|eigh|potrf|cholesky|trsm|triangular_sol")
 
 
-def part_of(path: str, opcode: str, target: str) -> str:
-    """The part of a step that an operation belongs to, from where in the program it was written."""
-    is_product = "dot_general" in path or opcode == "dot"
+def part_of(path: str, opcode: str, target: str, name: str = "") -> str:
+    """The part of a step that an operation belongs to, from where in the program it was written.
+
+    XLA for CPUs forgets where the Gram matrices of a step came from when it rewrites them.
+    """
+    is_product = "dot_general" in path or opcode == "dot" or name.startswith("ynn_fusion")
+    if is_product and not path:
+        return "step: products"
     if "/refresh/" in path:
         if DECOMPOSITION.search(path + target):
             return "refresh: decompositions"
@@ -58,7 +63,9 @@ def parts_by_name(program: str) -> dict[str, str]:
     """The part of every operation in the text of a compiled program, by its name."""
     matches = filter(None, map(INSTRUCTION.match, program.splitlines()))
     return {
-        match["name"]: part_of(match["path"] or "", match["opcode"], match["target"] or "")
+        match["name"]: part_of(
+            match["path"] or "", match["opcode"], match["target"] or "", match["name"]
+        )
         for match in matches
         if match["opcode"] not in CONTAINERS
     }
