@@ -107,7 +107,8 @@ def condition_number(quotients: Array) -> Array:
     largest = jnp.max(quotients)
     smallest_over_largest = jnp.min(quotients) / jnp.where(largest > 0, largest, 1)
     ratio = 1 / jnp.maximum(smallest_over_largest, jnp.finfo(quotients.dtype).eps)
-    return jnp.where(largest > 0, ratio, 1)
+    # Neither a comparison nor, on CPUs, a maximum of many numbers tells of a NaN.
+    return jnp.where(jnp.any(jnp.isnan(quotients)), jnp.nan, jnp.where(largest > 0, ratio, 1))
 
 
 def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
@@ -122,7 +123,7 @@ def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Arra
     Where a factor has null directions, as where some rows never have a gradient, both moments are
     made of rounding alone: `eps` keeps them out of an update, and `rounding` out of the sum.
     """
-    counts = root > rounding
+    counts = ~(root <= rounding)  # With a NaN, which is to show.
     direction = jnp.where(counts, mu.astype(root.dtype) / jnp.where(counts, root, 1), 0)
     return jnp.sum(jnp.square(direction)), jnp.sum(counts)
 

@@ -98,7 +98,8 @@ def _update_blocks(
     """
     (grads, padding, turns, state), (hyper, timing, rule) = blocks, shared
     stored = [array.dtype for array in (*state.factors, state.mu)]
-    acceptable = jax.vmap(partial(block.is_acceptable, stored=stored))(grads)
+    with jax.named_scope("step"):
+        acceptable = jax.vmap(partial(block.is_acceptable, stored=stored))(grads)
     accepted = acceptable & ~padding
     lengths = tuple(shape[axis] for axis in axes)
 
@@ -137,9 +138,11 @@ def _average_factors(
 def is_due(state: StackState, turns: Array, timing: RefreshTiming) -> Array:
     """Which blocks are to be refreshed if they accept a gradient, `(B,)`.
 
-    Those that have factors and no basis yet; and those that have been updated `frequency` times
-    since their last refresh or, staggered, those whose turn in the cycle it is. One that refuses
-    its gradient waits, so that nothing of it changes.
+    Those that have factors and no basis yet, and those that have been updated `frequency` times
+    since their last refresh. Staggered blocks wait for their turn in the cycle, from half a cycle
+    after their last refresh on, and not longer than for one and a half: so they find their turns
+    again when the frequency changes, and none is forgotten where it never stops changing. One that
+    refuses its gradient waits, so that nothing of it changes.
 
     Args:
       state: that of the stack.
@@ -149,12 +152,13 @@ def is_due(state: StackState, turns: Array, timing: RefreshTiming) -> Array:
     frequency = timing.frequency
     if timing.stagger:
         places = jnp.floor(turns * frequency.astype(turns.dtype)).astype(jnp.int32)
-        # Rounding may bring a turn of almost 1 to the end of a long cycle.
-        places = jnp.minimum(places, frequency - 1)
+        places = jnp.minimum(places, frequency - 1)  # A fraction near 1 may be rounded to 1.
         has_turn = state.accepted_gradients % frequency == places
+        half = frequency // 2
+        is_old = has_turn & (state.age >= frequency - half) | (state.age - frequency >= half)
     else:
-        has_turn = state.age >= frequency
-    return (state.accepted_gradients > 0) & (has_turn | (state.refreshes == 0))
+        is_old = state.age >= frequency
+    return (state.accepted_gradients > 0) & (is_old | (state.refreshes == 0))
 
 
 # Outside `jax.jit` a conditional is compiled anew in every call, because its branches are functions

@@ -247,6 +247,22 @@ def test_a_nan_shows_in_large_bases_too(sample: int | None) -> None:
         scalars = soap_optax.diagnostics(state._replace(stacks={"100x80": planted}), sample=sample)
         assert np.isnan(scalars["soap/100x80/departure_from_orthonormality"])
         assert np.isnan(scalars["soap/100x80/off_diagonal_mass"])
+        assert np.isnan(scalars["soap/100x80/condition_number"])
+
+
+def test_a_nan_shows_wherever_it_is() -> None:
+    stack = trained_state().stacks["7x5"]
+    spoiled = {
+        "off_diagonal_mass": {
+            "factors": (stack.factors[0].at[0, 1, 2].set(jnp.nan), stack.factors[1])
+        },
+        "condition_number": {"factors": (stack.factors[0], stack.factors[1] * jnp.nan)},
+        "direction_rms": {"nu": stack.nu.at[0, 0, 0].set(jnp.nan)},
+    }
+    for name, fields in spoiled.items():
+        state = trained_state()._replace(stacks={"7x5": stack._replace(**fields)})
+        assert np.isnan(read(state)[f"{KIND}/{name}"])
+        assert np.isfinite(read(trained_state())[f"{KIND}/{name}"])
 
 
 def test_entries_without_a_second_moment_count_for_nothing() -> None:

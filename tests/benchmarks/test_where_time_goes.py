@@ -1,6 +1,7 @@
 """The profile of a step puts every operation where it belongs; nothing here asserts a time."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,35 @@ PROGRAM = Path(where_time_goes.__file__)
 
 
 @pytest.mark.parametrize(
-    ("path", "opcode", "target", "part"),
+    ("path", "target", "is_product", "part"),
     [
-        ("jit(update)/soap/4x3/refresh/cond/qr", "custom-call", "", "all else"),
-        ("jit(f)/refresh/geqrf", "custom-call", "lapack_sgeqrf_ffi", "decompositions"),
-        ("jit(f)/refresh/while/body/dot_general", "fusion", "", "products"),
+        ("jit(update)/soap/4x3/refresh/cond/select_n", "", False, "refresh: all else"),
+        ("jit(f)/refresh/geqrf", "lapack_sgeqrf_ffi", False, "refresh: decompositions"),
+        ("jit(f)/refresh/while/body/dot_general", "", True, "refresh: products"),
+        ("jit(f)/soap/4x3/step/dot_general", "", True, "step: products"),
+        ("jit(f)/reshape", "", True, "step: products"),
+        ("", "", True, "step: products"),
+        ("jit(f)/soap/4x3/step/mul", "", False, "step: all else"),
     ],
 )
-def test_a_refresh_has_three_parts(path: str, opcode: str, target: str, part: str) -> None:
-    assert where_time_goes.part_of(path, opcode, target) == f"refresh: {part}"
+def test_an_operation_belongs_where_it_was_written(
+    path: str, target: str, is_product: bool, part: str
+) -> None:
+    assert where_time_goes.part_of(path, target, is_product) == part
+
+
+def test_the_products_of_a_large_layer_are_found_inside_of_fusions() -> None:
+    """At this size XLA fuses products with what follows them."""
+    model = MODELS["width_512"]
+    (contender,) = contenders_of(model, [], {"soap": {}}).values()
+    program = contender.update.lower(*operands_of(contender, model, 1)).compile()
+    text = program.as_text()
+    parts = where_time_goes.parts_by_name(text)
+    fusions = where_time_goes.computations_with_products(text)
+    calls = re.findall(r"%([\w.-]+) = [^\n]*calls=%?([\w.-]+)", text)
+    products = [name for name, called in calls if called in fusions]
+    assert products
+    assert {parts[name] for name in products} <= {"step: products", "refresh: products"}
 
 
 def test_every_part_of_a_step_is_found_in_the_compiled_program() -> None:

@@ -42,33 +42,50 @@ CONTAINERS = ("while", "conditional", "call")
 DECOMPOSITION = re.compile(r"geqrf|orgqr|householder|syevd|eigh|potrf|cholesky|trsm|triangular_sol")
 
 
-def part_of(path: str, opcode: str, target: str, name: str = "") -> str:
+def part_of(path: str, target: str, is_product: bool) -> str:
     """The part of a step that an operation belongs to, from where in the program it was written.
 
-    XLA for CPUs forgets where the Gram matrices of a step came from when it rewrites them.
+    Products that are not a refresh's are the step's, also those that XLA for CPUs fused with what
+    follows, or whose origin it forgot.
     """
-    is_product = "dot_general" in path or opcode == "dot" or name.startswith("ynn_fusion")
-    if is_product and not path:
-        return "step: products"
     if "/refresh/" in path:
         if DECOMPOSITION.search(path + target):
             return "refresh: decompositions"
         return "refresh: products" if is_product else "refresh: all else"
+    if is_product:
+        return "step: products"
     if "/step/" in path:
-        return "step: products" if is_product else "step: all else"
+        return "step: all else"
     return "leaves to blocks and back, and what is around SOAP"
 
 
 def parts_by_name(program: str) -> dict[str, str]:
     """The part of every operation in the text of a compiled program, by its name."""
-    matches = filter(None, map(INSTRUCTION.match, program.splitlines()))
-    return {
-        match["name"]: part_of(
-            match["path"] or "", match["opcode"], match["target"] or "", match["name"]
-        )
-        for match in matches
-        if match["opcode"] not in CONTAINERS
-    }
+    with_products = computations_with_products(program)
+    parts = {}
+    for line in program.splitlines():
+        match = INSTRUCTION.match(line)
+        if match and match["opcode"] not in CONTAINERS:
+            target = match["target"] or ""
+            called = re.search(r"calls=%?([\w.-]+)", line)
+            is_product = (
+                match["opcode"] == "dot"
+                or (called is not None and called[1] in with_products)
+                or re.search("matmul|gemm", target) is not None
+            )
+            parts[match["name"]] = part_of(match["path"] or "", target, is_product)
+    return parts
+
+
+def computations_with_products(program: str) -> set[str]:
+    """The computations of a program, such as those of its fusions, that multiply matrices."""
+    found, name = set(), ""
+    for line in program.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*{$", line):
+            name = header[1]
+        elif " dot(" in line:
+            found.add(name)
+    return found
 
 
 def operations_in(trace: Path) -> Iterator[tuple[str, float]]:
