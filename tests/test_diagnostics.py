@@ -257,7 +257,7 @@ def test_a_nan_shows_wherever_it_is() -> None:
             "factors": (stack.factors[0].at[0, 1, 2].set(jnp.nan), stack.factors[1])
         },
         "condition_number": {"factors": (stack.factors[0], stack.factors[1] * jnp.nan)},
-        "direction_rms": {"nu": stack.nu.at[0, 0, 0].set(jnp.nan)},
+        "direction_rms": {"nu": jnp.asarray(stack.nu).at[0, 0, 0].set(jnp.nan)},
     }
     for name, fields in spoiled.items():
         state = trained_state()._replace(stacks={"7x5": stack._replace(**fields)})
