@@ -338,7 +338,7 @@ def test_refresh_that_cannot_be_trusted_is_refused_counted_and_tried_again(failu
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_a_large_block_refuses_what_a_small_one_does(failure: int) -> None:
-    """Large enough for maxima in which XLA forgets a NaN on CPUs, also those that probe a basis."""
+    """Its bases are probed and not multiplied out, and by many numbers."""
     step = step_with_failing_refresh()
     grads = [
         {"matrix": grad}

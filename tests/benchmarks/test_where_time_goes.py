@@ -16,6 +16,13 @@ from shapes import MODELS
 PROGRAM = Path(where_time_goes.__file__)
 
 
+def program_of(model: str) -> str:
+    """The text of the compiled update of one layer."""
+    (contender,) = contenders_of(MODELS[model], [], {"soap": {}}).values()
+    operands = operands_of(contender, MODELS[model], 1)
+    return contender.update.lower(*operands).compile().as_text()
+
+
 @pytest.mark.parametrize(
     ("path", "target", "is_product", "part"),
     [
@@ -36,10 +43,7 @@ def test_an_operation_belongs_where_it_was_written(
 
 def test_no_product_of_a_large_layer_is_missed() -> None:
     """At this size newer versions of XLA fuse products with what follows them."""
-    model = MODELS["width_512"]
-    (contender,) = contenders_of(model, [], {"soap": {}}).values()
-    program = contender.update.lower(*operands_of(contender, model, 1)).compile()
-    text = program.as_text()
+    text = program_of("width_512")
     fusions = where_time_goes.computations_with_products(text)
     products = re.findall(r"%([\w.-]+) = [^\n]* dot\(", text)
     calls = re.findall(r"%([\w.-]+) = [^\n]*calls=%?([\w.-]+)", text)
@@ -49,10 +53,7 @@ def test_no_product_of_a_large_layer_is_missed() -> None:
 
 
 def test_every_part_of_a_step_is_found_in_the_compiled_program() -> None:
-    model = MODELS["tiny"]
-    (contender,) = contenders_of(model, [], {"soap": {}}).values()
-    program = contender.update.lower(*operands_of(contender, model, 1)).compile()
-    text = program.as_text()
+    text = program_of("tiny")
     parts = where_time_goes.parts_by_name(text)
     assert set(parts.values()) == {
         "refresh: decompositions",
