@@ -217,13 +217,21 @@ def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp
 
 def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--steps", "1000000", "--batch-size", "64")
-    process = start(*arguments, "--data", folder, "--out", tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " step " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
+    # Whoever runs the tests may ignore the signal, as `nohup` and `&` do: the child would inherit it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(*arguments, "--data", folder, "--out", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if " step " in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert re.fullmatch(r"pretrain_lm\.py: interrupted \(results so far: .*\)\n", stderr)
     assert rows_of(tmp_path)[0]["step"] == "0"
