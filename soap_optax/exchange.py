@@ -6,7 +6,8 @@ once on their way in, updates once on their way out, for each kind of block.
 Tiles take a second exchange each way. A leaf that is split over a mesh along an axis that is cut
 into tiles has whole tiles on every device, or a part of one, but not those that the stack wants
 there. So all tiles are first cut into equal parts, one for each device, those of equal leaves
-together, and then exchanged like leaves that are split in this way.
+together, and then exchanged like leaves that are split in this way. A part is numbers in a row, and
+not a rectangle: TPUs store the last two axes of an array in units of 8x128.
 """
 
 import itertools
@@ -17,7 +18,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
@@ -39,11 +39,8 @@ def bring_in(
         [stack] = layout.gather(leaves, plan, group)
         return placement.divide(placement.divide_axis(stack, 0, sharding), sharding)
 
-    def divide(tiles: Array) -> Array:
-        return placement.divide_axis(parts.cut(tiles), parts.axis, parts.mesh, may_be_split=True)
-
-    [stack] = layout.gather(leaves, plan, group, partial(_on_equal_shapes, divide))
-    stack = placement.divide_first_instead_of(parts.axis, stack, sharding)
+    [stack] = layout.gather(leaves, plan, group, partial(_on_equal_shapes, parts.divide))
+    stack = placement.divide_first_instead_of(parts.axis, stack, sharding, parts.sharding)
     return placement.divide(parts.join(stack), sharding)
 
 
@@ -64,95 +61,96 @@ def take_out(
     if parts is None:
         return layout.split([placement.join_axis(stack, 0, sharding)], group, starts)
 
-    def join(tiles: Array) -> Array:
-        return parts.join(placement.join_axis(tiles, parts.axis, parts.mesh, may_be_split=True))
-
-    stack = placement.divide_instead_of_first(parts.axis, parts.cut(stack), sharding)
+    cut = parts.cut(stack)
+    stack = placement.divide_instead_of_first(parts.axis, cut, sharding, parts.sharding)
     tiles = {}
     for region, blocks in layout.split([stack], group, starts).items():
         batch = region.tile[: len(region.tile) - len(region.block)]
         tiles[region] = blocks.reshape(*region.tiles, *batch, *blocks.shape[1:])
-    return _on_equal_shapes(join, tiles)
+    return _on_equal_shapes(parts.gather, tiles)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How a tile is cut into as many parts as there are shards.
+    """How a tile is cut into as many parts as there are shards, each of numbers in a row.
 
     Attributes:
       block: the shape of a tile.
-      lengths: of each axis of the mesh that divides stacks.
-      axes: the axis of the tile that is cut into so many parts, for each of them.
-      mesh: divides an axis of parts among all devices, over more and shorter axes of the mesh.
+      sharding: divides an axis of parts among all devices.
+      finer: the same over a mesh with more and shorter axes.
+      rows: over which of these, the first, the rows of a tile are divided, before it is cut.
     """
 
     block: Shape
-    lengths: tuple[int, ...]
-    axes: tuple[int, ...]
-    mesh: NamedSharding
+    sharding: NamedSharding
+    finer: NamedSharding
+    rows: NamedSharding
 
     @property
     def axis(self) -> int:
-        """The axis of parts, from the end: it comes before those of a block."""
-        return -1 - len(self.block)
+        """The axis of parts, from the end."""
+        return -2
 
-    def cut(self, array: Array) -> Array:
-        """Views `(..., *block)` as `(..., parts, *part)`."""
-        batch = array.shape[: array.ndim - len(self.block)]
-        split = array.reshape(*batch, *itertools.chain(*self._shapes))
-        order = [*range(len(batch)), *(len(batch) + place for place in self._order)]
-        return split.transpose(order).reshape(*batch, -1, *self._part)
+    def cut(self, tiles: Array) -> Array:
+        """Views `(..., *block)` as `(..., parts, numbers)`."""
+        parts = math.prod(placement.parts_of(self.sharding))
+        return tiles.reshape(*tiles.shape[: tiles.ndim - len(self.block)], parts, -1)
 
-    def join(self, array: Array) -> Array:
+    def join(self, parts: Array) -> Array:
         """Undoes `cut`."""
-        batch = array.shape[: array.ndim - len(self.block) - 1]
-        split = array.reshape(*batch, *self.lengths, *self._part)
-        order = [*range(len(batch)), *(len(batch) + place for place in np.argsort(self._order))]
-        return split.transpose(order).reshape(*batch, *self.block)
+        return parts.reshape(*parts.shape[: self.axis], *self.block)
 
-    @property
-    def _part(self) -> list[int]:
-        return [shape[-1] for shape in self._shapes]
+    def divide(self, tiles: Array) -> Array:
+        """Cuts tiles that lie as leaves do, and divides the parts."""
+        tiles = placement.divide_axis(tiles, -len(self.block), self.rows, may_be_split=True)
+        after = len(placement.axes_of(self.rows))
+        return placement.divide_axis(
+            self.cut(tiles), self.axis, self.finer, after=after, may_be_split=True
+        )
 
-    @property
-    def _shapes(self) -> list[list[int]]:
-        """For each axis of a tile, the numbers of its parts and the length of one."""
-        shapes = []
-        for axis, length in enumerate(self.block):
-            counts = [n for n, cut in zip(self.lengths, self.axes, strict=True) if cut == axis]
-            shapes.append([*counts, length // math.prod(counts)])
-        return shapes
-
-    @property
-    def _order(self) -> list[int]:
-        """Where the parts, by axis of the mesh, and then the rests are in `_shapes`."""
-        owners = [
-            [*(number for number, cut in enumerate(self.axes) if cut == axis), None]
-            for axis in range(len(self.block))
-        ]
-        places = list(enumerate(itertools.chain(*owners)))
-        parts = sorted((owner, place) for place, owner in places if owner is not None)
-        return [place for _, place in parts] + [place for place, owner in places if owner is None]
+    def gather(self, parts: Array) -> Array:
+        """Undoes `divide`."""
+        after = len(placement.axes_of(self.rows))
+        parts = placement.join_axis(parts, self.axis, self.finer, after=after, may_be_split=True)
+        return placement.join_axis(self.join(parts), -len(self.block), self.rows, may_be_split=True)
 
 
 def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
-    """How tiles are cut on their way; None for whole leaves.
-
-    It is also None where the axes of a tile cannot be cut into equal parts.
-    """
-    lengths = placement.parts_of(sharding)
-    if not group.is_cut or math.prod(lengths) == 1:
+    """How tiles are cut on their way; None for whole leaves, and where parts would not be equal."""
+    axes, lengths = placement.axes_of(sharding), placement.parts_of(sharding)
+    shards = math.prod(lengths)
+    if not group.is_cut or shards == 1 or math.prod(group.block) % shards:
         return None
-    left, axes = list(group.block), []
-    for length in lengths:
-        even = [axis for axis, rest in enumerate(left) if rest % length == 0]
-        if not even:
-            return None
-        left[even[0]] //= length
-        axes.append(even[0])
-    counts = {count for region in group.regions for count in region.tiles if count > 1}
-    mesh = placement.refine(sharding, counts)
-    return Parts(group.block, tuple(lengths), tuple(axes), mesh)
+    counts = {
+        count
+        for region in group.regions
+        for count, length in zip(region.tiles, region.tile, strict=True)
+        if count > 1 and length > 1  # What is split along an axis of layers has whole tiles.
+    }
+    mesh, finer = placement.refine(sharding, counts)
+    rows = _axes_of_rows(group.block[0], dict(zip(axes, lengths, strict=True)))
+    order = (*rows, *(axis for axis in axes if axis not in rows))
+    return Parts(
+        group.block,
+        placement.over(order, sharding.mesh),
+        placement.over(itertools.chain(*(finer[axis] for axis in order)), mesh),
+        placement.over(itertools.chain(*(finer[axis] for axis in rows)), mesh),
+    )
+
+
+def _axes_of_rows(rows: int, lengths: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of a mesh over which rows divide evenly: as many shards as possible, the last ones.
+
+    The last axes are those over which parameters are most often split.
+    """
+
+    def shards(axes: Sequence[str]) -> int:
+        return math.prod(lengths[axis] for axis in axes)
+
+    some = [c for n in range(len(lengths) + 1) for c in itertools.combinations(lengths, n)]
+    places = list(lengths)
+    even = [axes for axes in some if rows % shards(axes) == 0]
+    return max(even, key=lambda axes: (shards(axes), [places.index(axis) for axis in axes]))
 
 
 def _on_equal_shapes(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
-# What divides the parts of an axis, of which there is one for each axis of the mesh: that, or
-# nothing, or what the compiler finds.
+# What divides the parts of an axis, of which there is one for each axis of the mesh, and then the
+# rest: that axis of the mesh, or nothing, or what the compiler finds.
 Division = tuple[Any, ...]
 
 
@@ -61,7 +61,7 @@ def replicate(array: Array, sharding: NamedSharding | None) -> Array:
 
 
 def divide_axis(
-    array: Array, axis: int, sharding: NamedSharding, *, may_be_split: bool = False
+    array: Array, axis: int, sharding: NamedSharding, *, after: int = 0, may_be_split: bool = False
 ) -> Array:
     """Divides an axis of an array among all devices.
 
@@ -69,50 +69,69 @@ def divide_axis(
       array: any array.
       axis: the axis that is to be divided.
       sharding: over which axes of the mesh, one after another.
+      after: how many of these divide it already.
       may_be_split: whether the compiler may find the axis split to begin with, or else is to make
         it whole.
     """
-    steps = reversed(_from_divided_to_whole(sharding, may_be_split))
-    return _step_by_step(array, {axis: steps}, sharding)
+    steps = _from_divided_to_whole(sharding, after, may_be_split)
+    return _step_by_step(array, {axis: sharding}, reversed(steps))
 
 
 def join_axis(
-    array: Array, axis: int, sharding: NamedSharding, *, may_be_split: bool = False
+    array: Array, axis: int, sharding: NamedSharding, *, after: int = 0, may_be_split: bool = False
 ) -> Array:
     """Undoes `divide_axis`, with the same arguments."""
-    return _step_by_step(array, {axis: _from_divided_to_whole(sharding, may_be_split)}, sharding)
+    steps = _from_divided_to_whole(sharding, after, may_be_split)
+    return _step_by_step(array, {axis: sharding}, steps)
 
 
-def divide_first_instead_of(axis: int, array: Array, sharding: NamedSharding) -> Array:
-    """Divides the first axis of an array in place of another, which becomes whole."""
-    first, other = _from_divided_to_whole(sharding), _from_whole_to_divided(sharding)
-    return _step_by_step(array, {0: reversed(first), axis: reversed(other)}, sharding)
+def divide_first_instead_of(
+    axis: int, array: Array, sharding: NamedSharding, other: NamedSharding
+) -> Array:
+    """Divides the first axis of an array in place of another, which becomes whole.
+
+    Args:
+      axis: the axis that is divided.
+      array: any array.
+      sharding: how the first axis is to be divided.
+      other: how the other is divided: over the same axes of the mesh, in any order.
+    """
+    return _step_by_step(array, {0: sharding, axis: other}, reversed(_exchanges(sharding, other)))
 
 
-def divide_instead_of_first(axis: int, array: Array, sharding: NamedSharding) -> Array:
-    """Divides an axis of an array in place of the first, which becomes whole."""
-    first, other = _from_divided_to_whole(sharding), _from_whole_to_divided(sharding)
-    return _step_by_step(array, {0: first, axis: other}, sharding)
+def divide_instead_of_first(
+    axis: int, array: Array, sharding: NamedSharding, other: NamedSharding
+) -> Array:
+    """Undoes `divide_first_instead_of`, with the same arguments."""
+    return _step_by_step(array, {0: sharding, axis: other}, _exchanges(sharding, other))
 
 
-def _from_divided_to_whole(sharding: NamedSharding, may_be_split: bool = False) -> list[Division]:
+def _from_divided_to_whole(
+    sharding: NamedSharding, after: int, may_be_split: bool
+) -> list[tuple[Division]]:
     """The divisions of an axis that is given up by one axis of the mesh after another."""
-    axes = axes_of(sharding)
+    kept, axes = axes_of(sharding)[:after], axes_of(sharding)[after:]
     given_up = UNCONSTRAINED if may_be_split else None
     return [
-        (*[given_up] * (number - 1), *[None] * min(number, 1), *axes[number:])
+        ((*kept, *[given_up] * (number - 1), *[None] * min(number, 1), *axes[number:], given_up),)
         for number in range(len(axes) + 1)
     ]
 
 
-def _from_whole_to_divided(sharding: NamedSharding) -> list[Division]:
-    """The divisions of an axis that takes up what `_from_divided_to_whole` has given up."""
-    axes = axes_of(sharding)
-    return [(*axes[:number], *[None] * (len(axes) - number)) for number in range(len(axes) + 1)]
+def _exchanges(first: NamedSharding, second: NamedSharding) -> list[tuple[Division, Division]]:
+    """The divisions of two axes, of which one gives up axes of the mesh for the other."""
+    names = axes_of(first)
+    return [
+        (
+            (*(None if name in names[:number] else name for name in names), None),
+            (*(name if name in names[:number] else None for name in axes_of(second)), None),
+        )
+        for number in range(len(names) + 1)
+    ]
 
 
 def _step_by_step(
-    array: Array, divisions: Mapping[int, Iterable[Division]], sharding: NamedSharding
+    array: Array, shardings: Mapping[int, NamedSharding], steps: Iterable[tuple[Division, ...]]
 ) -> Array:
     """Takes axes of an array through one division after another; the others are the compiler's.
 
@@ -120,25 +139,30 @@ def _step_by_step(
     step, or without an axis of the array for each axis of the mesh, it would gather the array on
     every device wherever one of the others is split over an axis of the mesh that comes into use.
     """
-    parts = parts_of(sharding)
-    divided = {axis % array.ndim: steps for axis, steps in divisions.items()}
+    divided = {axis % array.ndim: parts_of(sharding) for axis, sharding in shardings.items()}
+    mesh = next(iter(shardings.values())).mesh
     shapes = [
-        [*parts, length // math.prod(parts)] if axis in divided else [length]
+        [*divided[axis], length // math.prod(divided[axis])] if axis in divided else [length]
         for axis, length in enumerate(array.shape)
     ]
     split = array.reshape(list(itertools.chain(*shapes)))
-    for step in zip(*divided.values(), strict=True):
+    for step in steps:
         names = dict(zip(divided, step, strict=True))
-        specs = [
-            [*names[axis], None] if axis in names else [UNCONSTRAINED] for axis in range(array.ndim)
-        ]
-        held = NamedSharding(sharding.mesh, PartitionSpec(*itertools.chain(*specs)))
+        specs = [names.get(axis, (UNCONSTRAINED,)) for axis in range(array.ndim)]
+        held = NamedSharding(mesh, PartitionSpec(*itertools.chain(*specs)))
         split = lax.with_sharding_constraint(split, held)
     return split.reshape(array.shape)
 
 
-def refine(sharding: NamedSharding, counts: Collection[int]) -> NamedSharding:
-    """The same division of a leading axis, over a mesh with more and shorter axes.
+def over(axes: Iterable[str], mesh: Any) -> NamedSharding:
+    """Divides a leading axis over these axes of a mesh."""
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+
+def refine(
+    sharding: NamedSharding, counts: Collection[int]
+) -> tuple[Mesh, Mapping[str, Sequence[str]]]:
+    """The same mesh with more and shorter axes, and their names for each axis that it had.
 
     An axis of a leaf that is cut into tiles, and split over the mesh, is split first from tile to
     tile and then within a tile: where there are fewer tiles than devices, over a part of an axis of
@@ -166,8 +190,7 @@ def refine(sharding: NamedSharding, counts: Collection[int]) -> NamedSharding:
         lengths += parts
         names += names_of[axis]
     finer = Mesh(mesh.devices.reshape(lengths), names, axis_types=(AxisType.Auto,) * len(names))
-    leading = itertools.chain(*(names_of[axis] for axis in axes_of(sharding)))
-    return NamedSharding(finer, PartitionSpec(tuple(leading)))
+    return finer, names_of
 
 
 def _factors(length: int, divisors: Iterable[int]) -> list[int]:
@@ -181,7 +204,7 @@ def _factors(length: int, divisors: Iterable[int]) -> list[int]:
 
 def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
     """The axes of the mesh that divide stacks."""
-    axes = sharding.spec[0]
+    axes = sharding.spec[0] or ()
     return axes if isinstance(axes, tuple) else (axes,)
 
 

@@ -217,7 +217,7 @@ def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp
 
 def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--steps", "1000000", "--batch-size", "64")
-    # Whoever runs the tests may ignore the signal, as `nohup` and `&` do: the child would inherit it.
+    # Whoever runs the tests may ignore the signal, as `nohup` does: the child would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = start(*arguments, "--data", folder, "--out", tmp_path)

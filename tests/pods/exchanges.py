@@ -49,7 +49,12 @@ def program_of(
 
 
 def exchanges_once_each_way(
-    mesh_name: str, kind: AxisType, leaf: tuple[int, int], more: int = 0, **options: Any
+    mesh_name: str,
+    kind: AxisType,
+    leaf: tuple[int, int],
+    more: int = 0,
+    times: int = 1,
+    **options: Any,
 ) -> None:
     mesh = mesh_of(mesh_name, kind)
     first, last, every = mesh.axis_names[0], mesh.axis_names[-1], mesh.axis_names
@@ -63,13 +68,13 @@ def exchanges_once_each_way(
         # One exchange takes at most one collective for each axis of the mesh.
         assert 1 <= len(collectives) <= 2 * (len(every) + more), (spec, collectives)
         # Nothing is gathered that is not needed: of all gradients or updates a device has at most
-        # what is its part of the leaves.
+        # what is its part of the leaves, a few times where tiles do not divide.
         ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(spec))
         for line in collectives:
             match = COLLECTIVE.search(line)
             assert match
             shapes = [map(int, dims.split(",")) for dims in SHAPE.findall(match["result"])]
-            assert sum(map(math.prod, shapes)) <= stack.mu.size / ways, (
+            assert sum(map(math.prod, shapes)) <= times * stack.mu.size / ways, (
                 spec,
                 ways,
                 stack.mu.size,
@@ -100,10 +105,22 @@ CHECKS: Mapping[str, Callable[[], None]] = (
         for mesh, kind in KINDS
     }
     | {
-        # No side of these tiles is a multiple of 8: one is cut into four parts, the other into two.
-        "tiles_cut_along_both_axes": functools.partial(
-            exchanges_once_each_way, "4x2", AUTO, (24, 48), more=3, block_size=12
+        # Leaves that are split within the columns of a tile are split within its rows first.
+        f"tiles_split_within_columns_{mesh}_{kind.name.lower()}": functools.partial(
+            exchanges_once_each_way, mesh, kind, (64, 16), more=3, block_size=8
         )
+        for mesh, kind in KINDS
+    }
+    | {
+        # The rows of these tiles divide over the first axis and not over both: devices that share
+        # the rows of a tile over the second gather them.
+        "tiles_of_12_4x2": functools.partial(
+            exchanges_once_each_way, "4x2", AUTO, (24, 48), more=3, times=2, block_size=12
+        ),
+        # The rows of these tiles do not divide over the one axis that there is.
+        "tiles_of_12_8": functools.partial(
+            exchanges_once_each_way, "8", AUTO, (24, 96), more=3, block_size=12
+        ),
     }
 )
 

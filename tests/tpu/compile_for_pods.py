@@ -89,17 +89,19 @@ def shapes_of(model: Model) -> dict[str, Any]:
 def specs_of(params: Any) -> Any:
     """Matrices of layers split over one axis of the mesh, tables of embeddings over both.
 
-    Each along its longest axis. A layer is gathered within a group of chips as a step needs it, and
-    every group has all layers.
+    Matrices of layers along the axis of the residual stream, as in MaxText. A layer is gathered
+    within a group of chips as a step needs it, and every group has all layers.
     """
 
-    def spec(leaf: jax.ShapeDtypeStruct) -> P:
-        *layers, rows, columns = leaf.shape
-        if not layers and rows < 100:
-            return P()  # Norms.
-        return P(*[None] * (len(layers) + int(columns > rows)), AXES[-1] if layers else AXES)
+    def spec(path: Any, leaf: jax.ShapeDtypeStruct) -> P:
+        name = path[-1].key
+        if name in ("embedding", "lm_head"):
+            return P(AXES) if name == "embedding" else P(None, AXES)  # The vocabulary.
+        if "norms" in jax.tree_util.keystr(path):
+            return P()
+        return P(None, None, AXES[-1]) if name in ("out", "down") else P(None, AXES[-1])
 
-    return jax.tree.map(spec, params)
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 def loss_of(model: Model, split: NamedSharding) -> Callable[[Any, jax.Array], jax.Array]:
@@ -316,11 +318,10 @@ AXES = ("data", "fsdp")
 
 
 def mesh_of(pod: str) -> Mesh:
-    """All chips of a pod such as `v5e:16x16`, in two axes."""
+    """All chips of a pod such as `v5e:16x16`: its last axis, and all others as one."""
     topology = topologies.get_topology_desc(pod, "tpu")
-    count = len(topology.devices)
-    rows = 2 ** (int(math.log2(count)) // 2)
-    mesh = topologies.make_mesh(topology, (rows, count // rows), AXES)
+    *others, last = (int(length) for length in pod.split(":")[1].split("x"))
+    mesh = topologies.make_mesh(topology, (math.prod(others), last), AXES)
     return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
