@@ -89,19 +89,17 @@ def shapes_of(model: Model) -> dict[str, Any]:
 def specs_of(params: Any) -> Any:
     """Matrices of layers split over one axis of the mesh, tables of embeddings over both.
 
-    Matrices of layers along the axis of the residual stream, as in MaxText. A layer is gathered
-    within a group of chips as a step needs it, and every group has all layers.
+    Each along its longest axis. A layer is gathered within a group of chips as a step needs it, and
+    every group has all layers.
     """
 
-    def spec(path: Any, leaf: jax.ShapeDtypeStruct) -> P:
-        name = path[-1].key
-        if name in ("embedding", "lm_head"):
-            return P(AXES) if name == "embedding" else P(None, AXES)  # The vocabulary.
-        if "norms" in jax.tree_util.keystr(path):
-            return P()
-        return P(None, None, AXES[-1]) if name in ("out", "down") else P(None, AXES[-1])
+    def spec(leaf: jax.ShapeDtypeStruct) -> P:
+        *layers, rows, columns = leaf.shape
+        if not layers and rows < 100:
+            return P()  # Norms.
+        return P(*[None] * (len(layers) + int(columns > rows)), AXES[-1] if layers else AXES)
 
-    return jax.tree_util.tree_map_with_path(spec, params)
+    return jax.tree.map(spec, params)
 
 
 def loss_of(model: Model, split: NamedSharding) -> Callable[[Any, jax.Array], jax.Array]:
