@@ -6,10 +6,6 @@
 For each pod, model and optimizer a row says how long the step took to compile, what every chip
 holds (parameters, state of the optimizer, temporaries), and what the optimizer exchanges: the
 collectives of an update compiled by itself, and the bytes that each chip receives in them.
-
-    python tests/tpu/compile_for_pods.py --decompositions
-
-says how long the compiler takes for one QR, for a batch of them, and for the same under `lax.map`.
 """
 
 from __future__ import annotations
@@ -286,30 +282,6 @@ def local_bytes(tree: Any, shardings: Any) -> int:
     )
 
 
-# Decompositions -----------------------------------------------------------------------------------
-
-
-def compile_decompositions(batch: int, d: int) -> None:
-    """Prints how long the compiler takes for QR decompositions, one way or another."""
-    topology = topologies.get_topology_desc("v5e:2x2", "tpu")
-    here = jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-    def qr(matrix: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(matrix)[0]
-
-    one = jax.ShapeDtypeStruct((d, d), jnp.float32, sharding=here)
-    many = jax.ShapeDtypeStruct((batch, d, d), jnp.float32, sharding=here)
-    programs = {
-        f"one {d}x{d}": (qr, one),
-        f"{batch} of {d}x{d} in one operation": (qr, many),
-        f"{batch} of {d}x{d} under lax.map": (functools.partial(jax.lax.map, qr), many),
-    }
-    print("| QR | compile s |\n| --- | --- |")
-    for name, (function, argument) in programs.items():
-        row = compile_program(jax.jit(function).lower(argument))
-        print(f"| {name} | {row.seconds:.0f} |", flush=True)
-
-
 # Command line -------------------------------------------------------------------------------------
 
 AXES = ("data", "fsdp")
@@ -362,12 +334,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pods", nargs="+", default=["v5e:16x16", "v5p:8x8x8"])
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "SOAP"])
-    parser.add_argument("--decompositions", action="store_true")
     arguments = parser.parse_args()
     print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
-    if arguments.decompositions:
-        compile_decompositions(batch=8, d=512)
-        return 0
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
     for pod in arguments.pods:
         mesh = mesh_of(pod)

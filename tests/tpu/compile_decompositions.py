@@ -1,0 +1,89 @@
+"""Compiles decompositions and refreshes for a TPU, ahead of time and without one.
+
+    pip install ".[tpu]"
+    python tests/tpu/compile_decompositions.py --lengths 256 1024
+
+A row of the table says how long the compiler took, how many operations the program has, and how
+many bytes of code: for one QR, for a batch of them, and for the same under `lax.map`; then for
+every method of a refresh, of a stack of bases under `lax.map`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about.
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from soap_optax import refreshes
+
+Program = tuple[str, Callable[[jax.Array], jax.Array], tuple[int, ...]]
+
+
+def qr(matrix: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(matrix)[0]
+
+
+def decompositions(batch: int, d: int) -> Iterator[Program]:
+    yield f"one QR of {d}x{d}", qr, (d, d)
+    yield f"{batch} in one operation", qr, (batch, d, d)
+    yield f"{batch} under `lax.map`", functools.partial(jax.lax.map, qr), (batch, d, d)
+
+
+def refresh(method: str, matrix: jax.Array) -> jax.Array:
+    """What a method makes of the identity, a basis of the Gram matrix."""
+    factor, basis = matrix @ matrix.T, jnp.eye(len(matrix))
+    if method == "partial":
+        columns = refreshes.columns_in_turn(len(basis), jnp.int32(0))
+        return refreshes.turn_columns(factor, basis, columns).basis
+    return refreshes.FULL[method](factor, basis, factor).basis
+
+
+def methods(batch: int, d: int) -> Iterator[Program]:
+    for method in ("qr", "cholesky_qr", "eigh", "jacobi", "partial"):
+        function = functools.partial(jax.lax.map, functools.partial(refresh, method))
+        yield f'`"{method}"`, {batch} of {d}x{d}', function, (batch, d, d)
+
+
+def row_of(name: str, function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> str:
+    topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    here = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+    lowered = jax.jit(function).lower(argument)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    operations = re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text() or "", re.MULTILINE)
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    code = analysis.generated_code_size_in_bytes
+    return f"| {name} | {seconds:.0f} | {len(operations):,} | {code / 1e6:.1f} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
+    print("| program | compile s | operations | code MB |\n| --- | --- | --- | --- |", flush=True)
+    for programs in (decompositions, methods):
+        for d in arguments.lengths:
+            for program in programs(arguments.batch, d):
+                print(row_of(*program), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
