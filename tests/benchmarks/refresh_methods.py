@@ -5,8 +5,8 @@
 
 A row for each length of basis and number of blocks: the time of one refresh of all of them, one
 after another as in the library, and the off-diagonal mass that it leaves. All methods take turns,
-on the same factors, with the floor of a plain step: six products for each block. Factors have taken
-in ten gradients, at a decay of 0.95, since bases were their eigenvectors.
+on the same factors, with the floor of a plain step: six products for each block. Since bases were
+eigenvectors of their factors, these have changed as by ten steps at a decay of 0.95.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,8 +34,7 @@ from tqdm import tqdm
 from soap_optax import matrices, refreshes
 
 METHODS = ("qr", "cholesky_qr", "eigh", "jacobi", "partial")
-BETA = 0.95
-STEPS = 10
+KEPT = 0.95**10  # of a factor, from one refresh to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Row:
 
 
 def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Array]:
-    """Factors after ten steps, and the eigenvectors of what they were before, `(blocks, d, d)`.
+    """Factors, and the eigenvectors of what they were before, `(blocks, d, d)` each.
 
-    Gradients are square, and their covariance has eigenvalues over two decades.
+    Both are averages over a few gradients, whose covariance has eigenvalues over two decades.
     """
     scale = jnp.logspace(0, -1, length)
 
@@ -63,8 +63,8 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
     def one(key: Array) -> tuple[Array, Array]:
         old_key, new_key, turn_key = jax.random.split(key, 3)
         turn = jnp.linalg.qr(jax.random.normal(turn_key, (length, length)))[0]
-        old = average(old_key, round(1 / (1 - BETA)))
-        new = BETA**STEPS * old + (1 - BETA**STEPS) * average(new_key, STEPS)
+        old = average(old_key, 4)
+        new = KEPT * old + (1 - KEPT) * average(new_key, 2)
         basis = matrices.descending_eigenvectors(turn @ old @ turn.T)
         return turn @ new @ turn.T, basis
 
@@ -135,18 +135,16 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=[16, 64, 256, 1024])
+    add("--lengths", type=int, nargs="+", default=[16, 64, 256, 512])
     add("--blocks", type=int, nargs="+", default=[1, 16])
-    add("--rounds", type=int, default=7)
+    add("--rounds", type=int, default=5)
     add("--out", type=Path, help="folder for the same as CSV")
     settings = parser.parse_args(arguments)
     print(f"{results.circumstances('refresh_methods.py', arguments)}\n")
     cases = [(length, blocks) for length in settings.lengths for blocks in settings.blocks]
-    rows = [
-        row
-        for case in tqdm(cases, "lengths and blocks", file=sys.stderr)
-        for row in rows_of(*case, settings.rounds)
-    ]
+    rows: list[Row] = []
+    for case in tqdm(cases, "lengths and blocks", file=sys.stderr):
+        rows += rows_of(*case, settings.rounds)
     print(results.markdown(COLUMNS, rows))
     print("\nMedians, with quartiles in brackets. Six products leave the mass as it was found.")
     if settings.out:
@@ -155,11 +153,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def record_of(row: Row) -> dict[str, object]:
-    return dataclasses.asdict(row) | {
-        "seconds": row.seconds.median,
-        "floors": row.floors.median,
-    }
+def record_of(row: Row) -> dict[str, Any]:
+    medians = {"seconds": row.seconds.median, "floors": row.floors.median}
+    return dataclasses.asdict(row) | medians
 
 
 if __name__ == "__main__":
