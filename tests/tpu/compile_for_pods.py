@@ -22,7 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about,
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to be fought over.
 
 import jax
 import jax.numpy as jnp
