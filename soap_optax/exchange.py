@@ -148,9 +148,8 @@ def _axes_of_rows(rows: int, lengths: Mapping[str, int]) -> tuple[str, ...]:
         return math.prod(lengths[axis] for axis in axes)
 
     some = [c for n in range(len(lengths) + 1) for c in itertools.combinations(lengths, n)]
-    places = list(lengths)
     even = [axes for axes in some if rows % shards(axes) == 0]
-    return max(even, key=lambda axes: (shards(axes), [places.index(axis) for axis in axes]))
+    return max(reversed(even), key=shards)
 
 
 def _on_equal_shapes(
