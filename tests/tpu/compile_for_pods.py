@@ -50,6 +50,7 @@ class Model:
     batch: int  # sequences in a step
     gated: bool
     block_size: int  # of SOAP, such that all chips of a pod of 256 have equally many blocks
+    along_width: bool = False  # whether layers are split along it, or else along their longest axis
 
 
 # The paper's models (Vyas et al., 2024, section 5): OLMo's architecture with the T5 tokenizer, a
@@ -58,7 +59,9 @@ class Model:
 MODELS = {
     "360m": Model(24, 1024, 4096, 16, 32256, 1024, 2048, gated=False, block_size=256),
     "660m": Model(24, 1408, 5632, 22, 32256, 1024, 2048, gated=False, block_size=352),
-    "7b": Model(32, 4096, 11008, 32, 32256, 2048, 1024, gated=True, block_size=1024),
+    "7b": Model(
+        32, 4096, 11008, 32, 32256, 2048, 1024, gated=True, block_size=256, along_width=True
+    ),
 }
 
 
@@ -83,18 +86,20 @@ def shapes_of(model: Model) -> dict[str, Any]:
     )
 
 
-def specs_of(params: Any) -> Any:
+def specs_of(model: Model, params: Any) -> Any:
     """Matrices of layers split over one axis of the mesh, tables of embeddings over both.
 
-    Each along its longest axis. A layer is gathered within a group of chips as a step needs it, and
-    every group has all layers.
+    A layer is gathered within a group of chips as a step needs it, and every group has all layers.
+    Shards and tiles divide each other.
     """
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
         *layers, rows, columns = leaf.shape
-        if not layers and rows < 100:
+        if not layers and rows == model.layers:
             return P()  # Norms.
-        return P(*[None] * (len(layers) + int(columns > rows)), AXES[-1] if layers else AXES)
+        length = model.width if layers and model.along_width else max(rows, columns)
+        before = len(layers) + int(rows != length)
+        return P(*[None] * before, AXES[-1] if layers else AXES)
 
     return jax.tree.map(spec, params)
 
@@ -217,7 +222,7 @@ def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) ->
     """Compiles a training step, and the update in it by itself."""
     model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
     params = shapes_of(model)
-    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(params))
+    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(model, params))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
