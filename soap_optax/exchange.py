@@ -78,47 +78,50 @@ class Parts:
       block: the shape of a tile.
       sharding: divides an axis of parts among all devices.
       finer: the same over a mesh with more and shorter axes.
-      rows: over which of these, the first, the rows of a tile are divided, before it is cut.
+      first: the axis of a tile that is divided before the tile is cut; from the end.
+      before: over which axes of the finer mesh it is, the first ones of `finer`.
     """
 
     block: Shape
     sharding: NamedSharding
     finer: NamedSharding
-    rows: NamedSharding
-
-    @property
-    def axis(self) -> int:
-        """The axis of parts, from the end."""
-        return -2
+    first: int
+    before: NamedSharding
+    axis = -2  # of parts
 
     def cut(self, tiles: Array) -> Array:
         """Views `(..., *block)` as `(..., parts, numbers)`."""
+        ndim = len(self.block)
         parts = math.prod(placement.parts_of(self.sharding))
-        return tiles.reshape(*tiles.shape[: tiles.ndim - len(self.block)], parts, -1)
+        tiles = jnp.moveaxis(tiles, self.first, -ndim)
+        return tiles.reshape(*tiles.shape[: tiles.ndim - ndim], parts, -1)
 
     def join(self, parts: Array) -> Array:
         """Undoes `cut`."""
-        return parts.reshape(*parts.shape[: self.axis], *self.block)
+        rest = list(self.block)
+        lengths = [rest.pop(self.first), *rest]
+        tiles = parts.reshape(*parts.shape[: self.axis], *lengths)
+        return jnp.moveaxis(tiles, -len(lengths), self.first)
 
     def divide(self, tiles: Array) -> Array:
         """Cuts tiles that lie as leaves do, and divides the parts."""
-        tiles = placement.divide_axis(tiles, -len(self.block), self.rows, may_be_split=True)
-        after = len(placement.axes_of(self.rows))
+        tiles = placement.divide_axis(tiles, self.first, self.before, may_be_split=True)
+        after = len(placement.axes_of(self.before))
         return placement.divide_axis(
             self.cut(tiles), self.axis, self.finer, after=after, may_be_split=True
         )
 
     def gather(self, parts: Array) -> Array:
         """Undoes `divide`."""
-        after = len(placement.axes_of(self.rows))
+        after = len(placement.axes_of(self.before))
         parts = placement.join_axis(parts, self.axis, self.finer, after=after, may_be_split=True)
-        return placement.join_axis(self.join(parts), -len(self.block), self.rows, may_be_split=True)
+        return placement.join_axis(self.join(parts), self.first, self.before, may_be_split=True)
 
 
 def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
     """How tiles are cut on their way; None for whole leaves, and where parts would not be equal."""
-    axes, lengths = placement.axes_of(sharding), placement.parts_of(sharding)
-    shards = math.prod(lengths)
+    lengths = dict(zip(placement.axes_of(sharding), placement.parts_of(sharding), strict=True))
+    shards = math.prod(lengths.values())
     if not group.is_cut or shards == 1 or math.prod(group.block) % shards:
         return None
     counts = {
@@ -128,28 +131,34 @@ def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
         if count > 1 and length > 1  # What is split along an axis of layers has whole tiles.
     }
     mesh, finer = placement.refine(sharding, counts)
-    rows = _axes_of_rows(group.block[0], dict(zip(axes, lengths, strict=True)))
-    order = (*rows, *(axis for axis in axes if axis not in rows))
+    first, before = _divided_before(group.block, lengths)
+    order = (*before, *(axis for axis in lengths if axis not in before))
     return Parts(
         group.block,
         placement.over(order, sharding.mesh),
         placement.over(itertools.chain(*(finer[axis] for axis in order)), mesh),
-        placement.over(itertools.chain(*(finer[axis] for axis in rows)), mesh),
+        first,
+        placement.over(itertools.chain(*(finer[axis] for axis in before)), mesh),
     )
 
 
-def _axes_of_rows(rows: int, lengths: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of a mesh over which rows divide evenly: as many shards as possible, the last ones.
+def _divided_before(block: Shape, lengths: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+    """Which axis of a tile divides evenly over most devices, and over which axes of the mesh.
 
-    The last axes are those over which parameters are most often split.
+    The first such axis of the tile, from the end, and the last axes of the mesh: those over which
+    parameters are most often split.
     """
 
     def shards(axes: Sequence[str]) -> int:
         return math.prod(lengths[axis] for axis in axes)
 
     some = [c for n in range(len(lengths) + 1) for c in itertools.combinations(lengths, n)]
-    even = [axes for axes in some if rows % shards(axes) == 0]
-    return max(reversed(even), key=shards)
+    best = [
+        max((axes for axes in reversed(some) if length % shards(axes) == 0), key=shards)
+        for length in block
+    ]
+    first = max(range(len(block)), key=lambda axis: shards(best[axis]))
+    return first - len(block), best[first]
 
 
 def _on_equal_shapes(

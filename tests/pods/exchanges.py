@@ -34,7 +34,7 @@ LEAVES = 5
 
 
 def program_of(
-    mesh: Mesh, spec: tuple[Any, ...], leaf: tuple[int, int], **options: Any
+    mesh: Mesh, spec: tuple[Any, ...], leaf: tuple[int, ...], **options: Any
 ) -> tuple[str, Any]:
     """The compiled update of leaves that are split in one way, and the state."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -51,9 +51,10 @@ def program_of(
 def exchanges_once_each_way(
     mesh_name: str,
     kind: AxisType,
-    leaf: tuple[int, int],
+    leaf: tuple[int, ...],
     more: int = 0,
     times: int = 1,
+    ahead: int = 0,
     **options: Any,
 ) -> None:
     mesh = mesh_of(mesh_name, kind)
@@ -61,7 +62,8 @@ def exchanges_once_each_way(
     specs = [(None, None), (first, None), (None, first), (last, None), (every, None)]
     if first != last:
         specs += [(first, last), (last, first), (every[1:], None), (None, every[1:])]
-    for spec in specs:
+    for of_matrix in specs:
+        spec = (*[None] * ahead, *of_matrix)
         text, state = program_of(mesh, spec, leaf, **options)
         [stack] = state.stacks.values()
         collectives = [line for line in text.splitlines() if COLLECTIVE.search(line)]
@@ -117,9 +119,17 @@ CHECKS: Mapping[str, Callable[[], None]] = (
         "tiles_of_12_4x2": functools.partial(
             exchanges_once_each_way, "4x2", AUTO, (24, 48), more=3, times=2, block_size=12
         ),
-        # The rows of these tiles do not divide over the one axis that there is.
-        "tiles_of_12_8": functools.partial(
+        # The rows of these tiles do not divide over the one axis that there is, and four devices
+        # share the columns of one.
+        "tiles_of_12_split_by_rows": functools.partial(
             exchanges_once_each_way, "8", AUTO, (24, 96), more=3, block_size=12
+        ),
+        "tiles_of_12_split_by_columns": functools.partial(
+            exchanges_once_each_way, "8", AUTO, (96, 24), more=3, times=4, block_size=12
+        ),
+        # Of these tiles, 3x3x16x16, only the last two axes divide.
+        "tiles_of_kernels": functools.partial(
+            exchanges_once_each_way, "8", AUTO, (3, 3, 64, 64), more=3, ahead=2, block_size=16
         ),
     }
 )
