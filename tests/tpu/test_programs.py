@@ -3,7 +3,7 @@
     pip install ".[tpu]"
     python -m pytest tests/tpu
 
-All of it takes hours on two cores; `-k "360m and v5e"` takes minutes.
+All of it takes a quarter of an hour on two cores; `-k "360m and v5e"` takes minutes.
 """
 
 import importlib.util
