@@ -62,5 +62,7 @@ def test_a_training_step_compiles_for_a_pod_with_its_state_divided_evenly(
     temporaries = float(numbers[len(header) - 1 - header[::-1].index("temporaries MB")])
     largest = float(numbers[header.index("largest stack MB")])
     assert temporaries <= 2 * (largest + float(numbers[header.index("parameters MB")]))
+    if (model, pod) == ("360m", "v5e:16x16"):  # The others: docs/explanation/tpu.md.
+        assert temporaries <= 2 * largest
     # No collective in the refresh or in the step of blocks.
     assert numbers[header.index("inside")] == "0"
