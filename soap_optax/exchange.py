@@ -18,7 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
@@ -40,6 +40,9 @@ def bring_in(
         return placement.divide(placement.divide_axis(stack, 0, sharding), sharding)
 
     [stack] = layout.gather(leaves, plan, group, partial(_on_equal_shapes, parts.divide))
+    # Held as it comes, or the compiler of JAX 0.8 exchanges one leaf after another.
+    for order in (parts.finer, parts.sharding):
+        stack = placement.redivide(stack, parts.axis, order)
     stack = placement.divide_first_instead_of(parts.axis, stack, sharding, parts.sharding)
     return placement.divide(parts.join(stack), sharding)
 
@@ -63,6 +66,7 @@ def take_out(
 
     cut = parts.cut(stack)
     stack = placement.divide_instead_of_first(parts.axis, cut, sharding, parts.sharding)
+    stack = placement.redivide(stack, parts.axis, parts.finer)
     tiles = {}
     for region, blocks in layout.split([stack], group, starts).items():
         batch = region.tile[: len(region.tile) - len(region.block)]
@@ -77,7 +81,7 @@ class Parts:
     Attributes:
       block: the shape of a tile.
       sharding: divides an axis of parts among all devices.
-      finer: the same over a mesh with more and shorter axes.
+      finer: the same over a mesh with more and shorter axes, perhaps in another order.
       first: the axis of a tile that is divided before the tile is cut; from the end.
       before: over which axes of the finer mesh it is, the first ones of `finer`.
     """
@@ -130,46 +134,73 @@ def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
         for count, length in zip(region.tiles, region.tile, strict=True)
         if count > 1 and length > 1  # What is split along an axis of layers has whole tiles.
     }
-    mesh, finer = placement.refine(sharding, counts)
-    first, before = _divided_before(group.block, lengths)
-    order = (*before, *(axis for axis in lengths if axis not in before))
+    mesh, names = placement.refine(sharding, counts)
+    finer = {axis: names[axis] for axis in lengths}
+    shorter = {name: mesh.shape[name] for name in itertools.chain(*finer.values())}
+    first, before = _divided_before(group.block, shorter, [*finer.values()])
+    order = (*before, *(name for name in shorter if name not in before))
     return Parts(
         group.block,
-        placement.over(order, sharding.mesh),
-        placement.over(itertools.chain(*(finer[axis] for axis in order)), mesh),
+        placement.over(_whole_axes(order, finer) or lengths, sharding.mesh),
+        placement.over(order, mesh),
         first,
-        placement.over(itertools.chain(*(finer[axis] for axis in before)), mesh),
+        placement.over(before, mesh),
     )
 
 
-def _divided_before(block: Shape, lengths: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
-    """Which axis of a tile divides evenly over most devices, and over which axes of the mesh.
+def _divided_before(
+    block: Shape, lengths: Mapping[str, int], whole: Sequence[Sequence[str]]
+) -> tuple[int, Sequence[str]]:
+    """Which axis of a tile divides evenly over most devices, and over which axes of the finer mesh.
 
-    The first such axis of the tile, from the end, and the last axes of the mesh: those over which
-    parameters are most often split.
+    The first such axis of the tile, from the end, and axes that make up whole ones, the last of
+    them: those over which parameters are most often split. Or, if these are more, the last parts of
+    one: a leaf that is split over all of it is split from tile to tile over its first parts.
+
+    Args:
+      block: the shape of a tile.
+      lengths: of the finer mesh's axes.
+      whole: which of these make up an axis of the mesh.
     """
 
     def shards(axes: Sequence[str]) -> int:
         return math.prod(lengths[axis] for axis in axes)
 
-    some = [c for n in range(len(lengths) + 1) for c in itertools.combinations(lengths, n)]
+    some = [c for n in range(len(whole) + 1) for c in itertools.combinations(whole, n)]
+    candidates = [list(itertools.chain(*combination)) for combination in reversed(some)]
+    candidates += [parts[n:] for parts in reversed(whole) for n in range(1, len(parts))]
     best = [
-        max((axes for axes in reversed(some) if length % shards(axes) == 0), key=shards)
+        max((axes for axes in candidates if length % shards(axes) == 0), key=shards)
         for length in block
     ]
     first = max(range(len(block)), key=lambda axis: shards(best[axis]))
     return first - len(block), best[first]
 
 
+def _whole_axes(order: Sequence[str], parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The axes of a mesh whose parts are in that order; none, if it takes some of them apart."""
+    ordered = sorted(parts, key=lambda axis: order.index(parts[axis][0]) if parts[axis] else -1)
+    return ordered if [*itertools.chain(*(parts[axis] for axis in ordered))] == [*order] else []
+
+
 def _on_equal_shapes(
     function: Callable[[Array], Array], arrays: Mapping[Region, Array]
 ) -> dict[Region, Array]:
-    """Calls a function once for all arrays of a shape and dtype, which it gets stacked."""
+    """Calls a function once for all arrays of a shape and dtype, which it gets stacked.
+
+    One shape comes after another, so that what is on its way is not held for all at once.
+    """
     alike: dict[jax.ShapeDtypeStruct, list[Region]] = {}
     for region, array in arrays.items():
         alike.setdefault(jax.ShapeDtypeStruct(array.shape, array.dtype), []).append(region)
-    results = {}
+    stacks: list[Array] = []
     for regions in alike.values():
-        stacked = function(jnp.stack([arrays[region] for region in regions]))
-        results |= {region: stacked[number] for number, region in enumerate(regions)}
-    return results
+        given = [arrays[region] for region in regions]
+        if stacks:  # Both results are used: of others, compilers rid a barrier.
+            given, stacks[-1] = lax.optimization_barrier((given, stacks[-1]))
+        stacks.append(function(jnp.stack(given)))
+    return {
+        region: stack[number]
+        for regions, stack in zip(alike.values(), stacks, strict=True)
+        for number, region in enumerate(regions)
+    }

@@ -106,6 +106,13 @@ def divide_instead_of_first(
     return _step_by_step(array, {0: sharding, axis: other}, _exchanges(sharding, other))
 
 
+def redivide(array: Array, axis: int, sharding: NamedSharding) -> Array:
+    """Divides an axis that is divided over all devices in another order: one permutation."""
+    spec: list[Any] = [None] * array.ndim  # No axis of the mesh is left over.
+    spec[axis] = sharding.spec[0]
+    return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
 def _from_divided_to_whole(
     sharding: NamedSharding, after: int, may_be_split: bool
 ) -> list[tuple[Division]]:
@@ -180,8 +187,8 @@ def refine(
         left = {count // math.gcd(count, first) for count in counts for first in (1, before)}
         factors.append(_factors(length, {math.gcd(count, length) for count in left}))
         before *= length
-    if len(set(itertools.chain(*factors))) > 1:
-        factors = [_factors(length, range(2, length)) for length in parts_of(sharding)]
+    divisors = _powers_of_one_base(set(itertools.chain(*factors)), before)
+    factors = [_factors(length, divisors) for length in parts_of(sharding)]
     lengths, names, names_of = [], [], {}
     divided = dict(zip(axes_of(sharding), factors, strict=True))
     for axis, length in mesh.shape.items():
@@ -200,6 +207,15 @@ def _factors(length: int, divisors: Iterable[int]) -> list[int]:
         if divisor % products[-1] == 0 == length % divisor and divisor > products[-1]:
             products.append(divisor)
     return [end // start for start, end in itertools.pairwise(products)]
+
+
+def _powers_of_one_base(numbers: Collection[int], limit: int) -> Collection[int]:
+    """The powers of the largest number of which all are powers; all numbers, if there is none."""
+    for base in range(min(numbers, default=1), 1, -1):
+        powers = [base**n for n in range(1, limit.bit_length() + 1)]
+        if all(number in powers for number in numbers):
+            return powers
+    return range(2, limit)
 
 
 def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
@@ -231,7 +247,8 @@ def on_local_blocks(
         mesh=sharding.mesh,
         in_specs=(sharding.spec, PartitionSpec()),
         out_specs=sharding.spec,
-        # JAX's own eigh for TPUs loops over values whose types this check finds to differ (0.10).
+        # JAX's own eigh for TPUs, which 0.8 takes beyond a length of 256, loops over values whose
+        # types this check finds to differ.
         check_vma=False,
     )(blocks, shared)
 

@@ -3,7 +3,8 @@
     pip install ".[tpu]"
     python tests/tpu/compile_for_pods.py --models 360m 660m 7b --pods v5e:16x16 v5p:8x8x8
 
-For each pod, model and optimizer a row says how long the step took to compile, what every chip
+Layers are split over all chips of a pod, or over groups of them with all layers in each group. For
+each pod, model, split and optimizer a row says how long the step took to compile, what every chip
 holds (parameters, state of the optimizer, temporaries), and what the optimizer exchanges: the
 collectives of an update compiled by itself, and the bytes that each chip receives in them.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -86,11 +88,12 @@ def shapes_of(model: Model) -> dict[str, Any]:
     )
 
 
-def specs_of(model: Model, params: Any) -> Any:
-    """Matrices of layers split over one axis of the mesh, tables of embeddings over both.
+def specs_of(model: Model, params: Any, split: str, chips: int) -> Any:
+    """Matrices of layers split over all chips or those of a group, tables of embeddings over all.
 
-    A layer is gathered within a group of chips as a step needs it, and every group has all layers.
-    Shards and tiles divide each other.
+    A layer is gathered as a step needs it, within a group if every group has all layers. Matrices
+    are split along one axis, or along both where all chips do not divide it. Shards and tiles
+    divide each other.
     """
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
@@ -98,8 +101,10 @@ def specs_of(model: Model, params: Any) -> Any:
         if not layers and rows == model.layers:
             return P()  # Norms.
         length = model.width if layers and model.along_width else max(rows, columns)
-        before = len(layers) + int(rows != length)
-        return P(*[None] * before, AXES[-1] if layers else AXES)
+        before = [None] * (len(layers) + int(rows != length))
+        if layers and split == "groups":
+            return P(*before, AXES[-1])
+        return P(*before, AXES) if length % chips == 0 else P(*[None] * len(layers), *AXES)
 
     return jax.tree.map(spec, params)
 
@@ -209,6 +214,7 @@ class Row:
 
     pod: str
     model: str
+    split_over: int  # chips
     optimizer: str
     parameters: int
     state: int
@@ -218,11 +224,13 @@ class Row:
     update: Compiled
 
 
-def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) -> Row:
+def compile_step(pod: str, name: str, split: str, label: str, mesh: Mesh) -> Row:
     """Compiles a training step, and the update in it by itself."""
     model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
+    optimizer = optimizers(model, stack_sharding)[label]
     params = shapes_of(model)
-    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(model, params))
+    specs = specs_of(model, params, split, mesh.size)
+    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
@@ -262,6 +270,7 @@ def compile_step(pod: str, name: str, label: str, optimizer: Any, mesh: Mesh) ->
     return Row(
         pod,
         name,
+        mesh.size if split == "all" else mesh.shape[AXES[-1]],
         label,
         parameters=local_bytes(params, of_params),
         state=local_bytes(state, of_state),
@@ -291,19 +300,24 @@ def local_bytes(tree: Any, shardings: Any) -> int:
 # Command line -------------------------------------------------------------------------------------
 
 AXES = ("data", "fsdp")
+SPLITS = ("all", "groups")
+OPTIMIZERS = ("AdamW", "SOAP")
 
 
-def mesh_of(pod: str) -> Mesh:
-    """All chips of a pod such as `v5e:16x16`: its last axis, and all others as one."""
+def mesh_of(pod: str, split: str) -> Mesh:
+    """All chips of a pod such as `v5p:8x8x8`: 8 times 64 of them, or 64 groups of 8."""
     topology = topologies.get_topology_desc(pod, "tpu")
-    *others, last = (int(length) for length in pod.split(":")[1].split("x"))
-    mesh = topologies.make_mesh(topology, (math.prod(others), last), AXES)
+    lengths = [int(length) for length in pod.split(":")[1].split("x")]
+    at = 1 if split == "all" else len(lengths) - 1
+    shape = math.prod(lengths[:at]), math.prod(lengths[at:])
+    mesh = topologies.make_mesh(topology, shape, AXES)
     return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def cells_of(row: Row) -> Iterable[str]:
     exchanged = ", ".join(f"{count} {kind}" for kind, count in row.update.collectives.items())
-    yield from (row.pod, row.model, row.optimizer, f"{row.step.seconds:.0f}")
+    yield from (row.pod, row.model, str(row.split_over), row.optimizer)
+    yield f"{row.step.seconds:.0f}"
     yield from (megabytes(row.parameters), megabytes(row.state), megabytes(row.even_share))
     yield from (megabytes(row.step.temporaries), f"{row.update.seconds:.0f}")
     yield megabytes(row.update.temporaries)
@@ -318,6 +332,7 @@ def megabytes(count: float) -> str:
 HEADER = (
     "pod",
     "model",
+    "split over",
     "optimizer",
     "compile s",
     "parameters MB",
@@ -339,18 +354,15 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pods", nargs="+", default=["v5e:16x16", "v5p:8x8x8"])
-    parser.add_argument("--optimizers", nargs="+", default=["AdamW", "SOAP"])
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     arguments = parser.parse_args()
     print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
-    for pod in arguments.pods:
-        mesh = mesh_of(pod)
-        for name in arguments.models:
-            stack_sharding = NamedSharding(mesh, P(AXES))
-            for label, optimizer in optimizers(MODELS[name], stack_sharding).items():
-                if label in arguments.optimizers:
-                    row = compile_step(pod, name, label, optimizer, mesh)
-                    print(f"| {' | '.join(cells_of(row))} |", flush=True)
+    of_table = (arguments.splits, arguments.pods, arguments.models, arguments.optimizers)
+    for split, pod, name, label in itertools.product(*of_table):
+        row = compile_step(pod, name, split, label, mesh_of(pod, split))
+        print(f"| {' | '.join(cells_of(row))} |", flush=True)
     return 0
 
 
