@@ -9,6 +9,8 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.lax import Precision
 
 # LAPACK is called for one matrix at a time, whatever surrounds the call. Batched decompositions
@@ -22,9 +24,30 @@ def _qr(matrix: Array) -> Array:
     return jnp.linalg.qr(matrix)[0]
 
 
+# TPUs have an operation of their own for eigenvectors, Jacobi's method. JAX calls it up to a length
+# of 256, and beyond that a program that takes the TPU compiler many minutes; here it is called at
+# every length. A primitive can be lowered differently for each platform, where
+# `lax.platform_dependent` lowers all its branches for all platforms of an exported program: CPUs do
+# not have that method.
+_eigenvectors = Primitive("eigenvectors")
+_eigenvectors.def_impl(lambda matrix: lax.linalg.eigh(matrix)[0])  # Under `jax.disable_jit`.
+_eigenvectors.def_abstract_eval(lambda matrix: matrix)
+mlir.register_lowering(
+    _eigenvectors,
+    mlir.lower_fun(lambda matrix: lax.linalg.eigh(matrix)[0], multiple_results=False),
+)
+if hasattr(lax.linalg, "EighImplementation"):  # JAX 0.8 has no such choice.
+    by_jacobi = partial(lax.linalg.eigh, implementation=lax.linalg.EighImplementation.JACOBI)
+    mlir.register_lowering(
+        _eigenvectors,
+        mlir.lower_fun(lambda matrix: by_jacobi(matrix)[0], multiple_results=False),
+        platform="tpu",
+    )
+
+
 @sequential_vmap
 def _eigh(matrix: Array) -> Array:
-    return jnp.linalg.eigh(matrix)[1]
+    return _eigenvectors.bind(matrix)
 
 
 @sequential_vmap

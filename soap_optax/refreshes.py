@@ -142,10 +142,24 @@ def descending_order(product: Array, basis: Array) -> Array:
     return jnp.argsort(matrices.rayleigh_quotients(product, basis), descending=True)
 
 
+# Up to this length JAX itself takes the TPU's own operation for eigenvectors.
+ONE_OPERATION_ON_TPUS = 256
+
+
 def by_platform(factor: Array, basis: Array, product: Array) -> Turned:
-    """A QR on CPUs, where it is fastest; elsewhere, products, as decompositions are slow there."""
+    """What suits a platform and a length.
+
+    A QR on CPUs: what is faster for some factors there is slower for others, at every length. On
+    TPUs, eigenvectors where JAX itself takes the TPU's own operation. Elsewhere, products.
+    """
+    short = len(basis) <= ONE_OPERATION_ON_TPUS
     return lax.platform_dependent(
-        factor, basis, product, cpu=orthogonal_iteration, default=jacobi_sweeps
+        factor,
+        basis,
+        product,
+        cpu=orthogonal_iteration,
+        tpu=eigendecomposition if short else jacobi_sweeps,
+        default=jacobi_sweeps,
     )
 
 

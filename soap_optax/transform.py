@@ -141,8 +141,8 @@ def scale_by_soap(
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
         fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
         simultaneous Jacobi rotations, out of matrix products alone. ``"partial"``: a quarter of the
-        columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs
-        and ``"jacobi"`` elsewhere.
+        columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs,
+        ``"eigh"`` on TPUs for axes of up to 256, ``"jacobi"`` elsewhere.
       refresh_tolerance: None, or the off-diagonal mass (see `diagnostics`) of the factors in their
         bases up to which a block that is due keeps its bases until it is due again.
       refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold

@@ -1,6 +1,7 @@
 """How bases follow their factors: the methods, what they carry along, and what they refuse."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -425,3 +426,24 @@ def test_a_refresh_from_a_factor_that_is_not_finite_is_refused_by_every_method(
         healed = after._replace(stacks={"40x6": kept._replace(factors=stack.factors)})
         _, after = update(grads[5], healed)
         assert stack_of(after).refreshes.tolist() == [int(stack.refreshes[0]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "decompositions"),
+    [
+        ("cpu", 32, {"lapack_sgeqrf_ffi", "lapack_sorgqr_ffi"}),
+        ("cpu", 300, {"lapack_sgeqrf_ffi", "lapack_sorgqr_ffi"}),
+        ("cuda", 32, set()),
+        ("tpu", 256, {"Eigh"}),
+        ("tpu", 257, set()),
+    ],
+)
+def test_auto_chooses_by_platform_and_length(
+    platform: str, length: int, decompositions: set[str]
+) -> None:
+    matrix = jax.ShapeDtypeStruct((length, length), jnp.float32)
+    exported = jax.export.export(jax.jit(refreshes.FULL["auto"]), platforms=[platform])(
+        matrix, matrix, matrix
+    )
+    calls = re.findall(r"custom_call @(\w+)", exported.mlir_module())
+    assert {call for call in calls if "sharding" not in call.lower()} == decompositions

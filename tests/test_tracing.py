@@ -284,12 +284,12 @@ def test_decompositions_stay_behind_a_real_conditional(
         )
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     chains = list(decompositions(jaxpr))
-    assert {chain[-1] for chain in chains} == {"eigh", "qr"}
+    assert {chain[-1] for chain in chains} == {"eigenvectors", "qr"}
     for chain in chains:
         # A `cond` with a batched predicate would be a `select`, and the decomposition outside it.
         assert "cond" in chain
     for equation in equations(jaxpr):
-        if equation.primitive.name in ("eigh", "qr"):
+        if equation.primitive.name in ("eigenvectors", "qr"):
             # One matrix at a time, never a batch of them: a batch hangs some runtimes.
             assert equation.invars[0].aval.ndim == 2
         if equation.primitive.name == "cond":
@@ -308,7 +308,7 @@ def decompositions(jaxpr: Jaxpr, outside: tuple[str, ...] = ()) -> Iterator[tupl
     """For every decomposition, the names of the equations around it and its own."""
     for equation in jaxpr.eqns:
         chain = (*outside, equation.primitive.name)
-        if chain[-1] in ("eigh", "qr"):
+        if chain[-1] in ("eigenvectors", "qr"):
             yield chain
         for inner in inner_jaxprs(equation):
             yield from decompositions(inner, chain)
