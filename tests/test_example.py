@@ -170,6 +170,7 @@ def test_a_log_gets_a_line_for_each_evaluation_and_no_bar(both: tuple[Path, str,
     assert "Traceback" not in stderr
 
 
+@pytest.mark.long
 def test_a_terminal_gets_a_bar_and_the_same_seed_gives_the_same_losses(
     both: tuple[Path, str, str], folder: Path, tmp_path: Path
 ):
@@ -194,6 +195,7 @@ def test_a_terminal_gets_a_bar_and_the_same_seed_gives_the_same_losses(
     assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--learning-rate", "1e38", "--steps", "30")
     process = start(*arguments, "--data", folder, "--out", tmp_path)
@@ -204,6 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files(folder: Pat
     assert is_png(tmp_path / "loss.png")
 
 
+@pytest.mark.long
 def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp_path: Path):
     (tmp_path / "loss.png").mkdir()
     arguments = ("--optimizer", "soap", "--steps", "1", "--data", folder, "--out", tmp_path)
@@ -215,6 +218,7 @@ def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp
     assert re.fullmatch(r"pretrain_lm\.py: error: cannot draw .*loss\.png: Is a dir.*\n", stderr)
 
 
+@pytest.mark.long
 def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--steps", "1000000", "--batch-size", "64")
     # Whoever runs the tests may ignore the signal, as `nohup` does: the child would inherit that.
@@ -238,6 +242,7 @@ def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     assert is_png(tmp_path / "loss.png")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written(
     both: tuple[Path, str, str], folder: Path, tmp_path: Path
 ):

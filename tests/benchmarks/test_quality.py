@@ -26,6 +26,8 @@ with warnings.catch_warnings():
 from quality_results import Run
 from training import Evaluation
 
+pytestmark = pytest.mark.long
+
 # Variants as a command line names them ------------------------------------------------------------
 
 

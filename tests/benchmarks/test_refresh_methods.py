@@ -7,6 +7,8 @@ import pytest
 import refresh_methods
 from measure import FLOOR
 
+pytestmark = pytest.mark.long
+
 
 def test_every_method_is_timed_and_takes_bases_nearer_to_their_factors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,8 @@ import speed
 from compiling import operands_of
 from shapes import MODELS, Model
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 ONE_MATRIX = shapes.of_matrices(lambda _: {"kernel": (24, 16), "bias": (16,)}, 1)
 

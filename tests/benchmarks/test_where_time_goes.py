@@ -13,6 +13,8 @@ from compiling import operands_of
 from contenders import contenders_of
 from shapes import MODELS
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(where_time_goes.__file__)
 
 

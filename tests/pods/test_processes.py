@@ -25,8 +25,9 @@ TINY += ["--batch-size", "16", "--max-precond-dim", "16"]
 JOB = ["--optimizer", "soap", *TINY, "--steps", str(STEPS), "--mesh", "data=2,fsdp=4"]
 
 # In float64. With another number of processes sums are taken in another order, and what SOAP makes
-# of a difference grows; a batch that reaches the wrong device moves the losses by 1e-2.
-TOLERANCE = 1e-7
+# of a difference grows, by how much depends on the text, which is this package's own source: to
+# 2e-6 for one version of it. A batch that reaches the wrong device moves the losses by 1e-2.
+TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.timeout(LIMIT_IN_SECONDS + 60)
 
@@ -105,7 +106,7 @@ def losses_of_one_process(tmp_path_factory: pytest.TempPathFactory, compiled: Pa
     return losses
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_several_processes_give_the_losses_of_one(
     count: int, losses_of_one_process: np.ndarray, tmp_path: Path, compiled: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_several_processes_give_the_losses_of_one(
     np.testing.assert_allclose(losses_in(out), losses_of_one_process, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.long
 def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint(
     losses_of_one_process: np.ndarray, tmp_path: Path, compiled: Path
 ) -> None:
