@@ -16,7 +16,7 @@ from jax.lax import Precision
 
 from soap_optax import matrices, refreshes, second_moment
 from soap_optax.block import multiply_along
-from soap_optax.matrices import times
+from soap_optax.products import times
 from soap_optax.refreshes import Method, Turned
 from soap_optax.second_moment import SecondMoment
 from soap_optax.state import Eigenframe
@@ -135,9 +135,9 @@ def _turned_in_part(axes: Sequence[int], frame: Eigenframe, factors: Sequence[Ar
     """A quarter of each basis turned, and nothing done with the rest."""
     bases, mu, nu = [], frame.mu, frame.nu
     for axis, factor, basis in zip(axes, factors, frame.bases, strict=True):
-        columns = refreshes.columns_in_turn(len(basis), frame.refreshes)
-        part = refreshes.turn_columns(factor, basis, columns)
-        mu = refreshes.turn_moment(mu, axis, columns, part.turn)
+        starts = refreshes.chunks_in_turn(len(basis), frame.refreshes)
+        part = refreshes.turn_columns(factor, basis, starts)
+        mu = refreshes.turn_moment(mu, axis, starts, part.turn)
         nu = second_moment.reorder(nu, part.order, axis)
         bases.append(part.basis)
     return Moved(tuple(bases), mu, nu, kept=jnp.asarray(False))

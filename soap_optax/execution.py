@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from soap_optax import basis, block, folding, matrices, placement
+from soap_optax import basis, block, folding, placement, products
 from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.planning import Group
@@ -128,7 +128,7 @@ def _average_factors(
     """Takes the Gram matrices of a block's gradient into its factors, as these are stored."""
 
     def average(factor: Array, axis: int) -> Array:
-        gram = folding.arranged_as(factor, matrices.gram_matrix(grad, axis))
+        gram = folding.arranged_as(factor, products.gram_matrix(grad, axis))
         new = block.average_factor(factor.astype(gram.dtype), gram, accepted, beta)
         return new.astype(factor.dtype)
 
@@ -173,20 +173,22 @@ def refresh_if_due(
 ) -> StackState:
     """Refreshes the bases of the blocks that are due.
 
-    Only bases, moments and counters pass through the conditional; the branch that refreshes nothing
-    hands them on without a copy.
+    Only factors, bases, moments and counters pass through the conditional; the branch that
+    refreshes nothing hands them on without a copy. Factors do not change, and come out of it all
+    the same: else XLA copies them in every step, for the refresh that may read them, before what
+    follows writes new ones in their place.
     """
     frame = Eigenframe(**{name: getattr(state, name) for name in Eigenframe._fields})
-    frame = lax.cond(
+    factors, frame = lax.cond(
         any_unbatched(due),
         partial(_refresh_blocks, axes, lengths),
-        lambda _due, _factors, frame, _rule: frame,
+        lambda _due, factors, frame, _rule: (factors, frame),
         due,
         state.factors,
         frame,
         rule,
     )
-    return state._replace(**frame._asdict())
+    return state._replace(factors=factors, **frame._asdict())
 
 
 def _refresh_blocks(
@@ -196,7 +198,7 @@ def _refresh_blocks(
     factors: tuple[Array, ...],
     frame: Eigenframe,
     rule: RefreshRule,
-) -> Eigenframe:
+) -> tuple[tuple[Array, ...], Eigenframe]:
     """Goes through a stack one block at a time, so that each may be refreshed or kept."""
     dtype = jax.tree.leaves(frame.nu)[0].dtype
 
@@ -207,11 +209,17 @@ def _refresh_blocks(
         )
         return basis.refresh(frame, whole, axes, rule)
 
-    def refresh_or_keep(block: tuple[Array, tuple[Array, ...], Eigenframe]) -> Eigenframe:
-        due, *operands = block
-        return lax.cond(due, refresh, lambda _factors, frame: frame, *operands)
+    def refresh_or_keep(
+        frames: Eigenframe, block: tuple[Array, Array, tuple[Array, ...]]
+    ) -> tuple[Eigenframe, None]:
+        number, due, factors = block
+        frame = jax.tree.map(lambda stack: stack[number], frames)
+        frame = lax.cond(due, refresh, lambda _factors, frame: frame, factors, frame)
+        return jax.tree.map(lambda stack, new: stack.at[number].set(new), frames, frame), None
 
-    return lax.map(refresh_or_keep, (due, factors, frame))
+    # The frames are carried and not mapped over, so that each is written where it is.
+    frames, _ = lax.scan(refresh_or_keep, frame, (jnp.arange(len(due)), due, factors))
+    return lax.optimization_barrier(factors), frames
 
 
 def any_unbatched(flags: Array) -> Array:

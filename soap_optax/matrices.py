@@ -1,7 +1,6 @@
 """Linear algebra of single matrices: decompositions, and how near to orthonormal a basis is.
 
-Every function takes one matrix, or one array. All products state the highest precision: a TF32
-product has been measured to turn an eigenvalue of 0.1 into -6.
+Every function takes one matrix, or one array.
 """
 
 from functools import partial
@@ -11,7 +10,9 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.lax import Precision
+
+from soap_optax import householder
+from soap_optax.products import gram_matrix, times
 
 # LAPACK is called for one matrix at a time, whatever surrounds the call. Batched decompositions
 # under a conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU programs slow to
@@ -19,8 +20,19 @@ from jax.lax import Precision
 # derivatives through an update take the bases as constants: such a loop has no reverse mode.
 
 
+# The length from which a QR out of products is faster on CPUs: by a third at 512, where an update
+# begins to take long, and by half or more at 1024.
+BLOCKED_FROM = 512
+
+
 @sequential_vmap
 def _qr(matrix: Array) -> Array:
+    if len(matrix) < BLOCKED_FROM:
+        return _qr_in_one(matrix)
+    return lax.platform_dependent(matrix, cpu=householder.orthonormal_factor, default=_qr_in_one)
+
+
+def _qr_in_one(matrix: Array) -> Array:
     return jnp.linalg.qr(matrix)[0]
 
 
@@ -37,10 +49,10 @@ mlir.register_lowering(
     mlir.lower_fun(lambda matrix: lax.linalg.eigh(matrix)[0], multiple_results=False),
 )
 if hasattr(lax.linalg, "EighImplementation"):  # JAX 0.8 has no such choice.
-    by_jacobi = partial(lax.linalg.eigh, implementation=lax.linalg.EighImplementation.JACOBI)
+    _by_jacobi = partial(lax.linalg.eigh, implementation=lax.linalg.EighImplementation.JACOBI)
     mlir.register_lowering(
         _eigenvectors,
-        mlir.lower_fun(lambda matrix: by_jacobi(matrix)[0], multiple_results=False),
+        mlir.lower_fun(lambda matrix: _by_jacobi(matrix)[0], multiple_results=False),
         platform="tpu",
     )
 
@@ -80,41 +92,6 @@ def orthonormal_factor_by_cholesky(matrix: Array) -> Array:
 def descending_eigenvectors(factor: Array) -> Array:
     """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`."""
     return _eigh(lax.stop_gradient(factor))[:, ::-1]
-
-
-def times(left: Array, right: Array) -> Array:
-    """The product of two matrices in their full precision."""
-    return jnp.matmul(left, right, precision=Precision.HIGHEST)
-
-
-# On CPUs, the lower triangle of a large Gram matrix takes less time than all of it: ten products of
-# parts of the axis instead of sixteen. Measured there, and done there only.
-PARTS, PARTS_FROM = 4, 512
-
-
-def gram_matrix(array: Array, axis: int) -> Array:
-    """The Gram matrix of one axis, `(d, d)`: `G G^T` for axis 0 of a matrix, `G^T G` for axis 1."""
-    whole, by_parts = partial(_inner_products, axis=axis), partial(_gram_by_parts, axis=axis)
-    if array.shape[axis] < PARTS_FROM:
-        return whole(array, array)
-    return lax.platform_dependent(array, cpu=by_parts, default=lambda array: whole(array, array))
-
-
-def _gram_by_parts(array: Array, axis: int) -> Array:
-    """The Gram matrix from the products of parts of the axis, each pair of which is taken once."""
-    parts = jnp.array_split(array, PARTS, axis)
-    lower = [
-        [_inner_products(part, other, axis) for other in parts[: number + 1]]
-        for number, part in enumerate(parts)
-    ]
-    numbers = range(PARTS)
-    return jnp.block([[lower[i][j] if i >= j else lower[j][i].T for j in numbers] for i in numbers])
-
-
-def _inner_products(left: Array, right: Array, axis: int) -> Array:
-    """The inner products of the slices of two arrays along one axis."""
-    others = [other for other in range(left.ndim) if other != axis]
-    return jnp.tensordot(left, right, axes=(others, others), precision=Precision.HIGHEST)
 
 
 def largest_magnitude(array: Array) -> Array:

@@ -25,7 +25,7 @@ from jax.lax import Precision
 
 from soap_optax import matrices
 from soap_optax.block import multiply_along
-from soap_optax.matrices import times
+from soap_optax.products import times
 
 Method = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
 
@@ -46,7 +46,8 @@ def orthogonal_iteration(factor: Array, basis: Array, product: Array) -> Turned:
     """
     del factor
     order = descending_order(product, basis)
-    return Turned(matrices.orthonormal_factor(product[:, order]), order)
+    ordered = product.T[order].T  # On CPUs, rows are gathered faster than columns.
+    return Turned(matrices.orthonormal_factor(ordered), order)
 
 
 def cholesky_iteration(factor: Array, basis: Array, product: Array) -> Turned:
@@ -192,33 +193,53 @@ class TurnedInPart(NamedTuple):
     order: Array
 
 
-def columns_in_turn(length: int, refreshes: Array) -> Array:
-    """Which columns the partial refresh after so many others turns: a quarter of them, `(s,)`.
+def chunk_length(length: int) -> int:
+    """How many columns of a basis are in a chunk; short bases turn as a whole."""
+    return length // CHUNKS if length >= 4 * CHUNKS else length
 
-    28 refreshes meet every pair of chunks. The chunks shift from one round to the next, so that no
-    column is left out where eight does not divide their number. Short bases turn as a whole.
+
+def chunks_in_turn(length: int, refreshes: Array) -> Array:
+    """Where the chunks start that the partial refresh after so many others turns, `(2,)` or `(1,)`.
+
+    28 refreshes meet every pair of chunks. Where eight chunks are too short for all columns, a gap
+    is left: after the last chunk in the first round, and one chunk further ahead in each that
+    follows, so that every pair of columns meets within five rounds.
     """
-    if length < 4 * CHUNKS:
-        return jnp.arange(length)
-    chunk, left_over = divmod(length, CHUNKS)
+    chunk = chunk_length(length)
+    if chunk == length:
+        return jnp.zeros(1, jnp.int32)
     pair = jnp.asarray(PAIRS, jnp.int32)[refreshes % len(PAIRS)]
-    shift = refreshes // len(PAIRS) % length * left_over
-    return ((shift + pair[:, None] * chunk + jnp.arange(chunk)) % length).ravel()
+    first_after_gap = CHUNKS - refreshes // len(PAIRS) % (CHUNKS + 1)
+    return pair * chunk + jnp.where(pair >= first_after_gap, length - CHUNKS * chunk, 0)
 
 
-def turn_columns(factor: Array, basis: Array, columns: Array) -> TurnedInPart:
-    """Turns columns of a basis among themselves, to diagonalize their part of `Q^T L Q`."""
-    part = basis[:, columns]
+def take_chunks(array: Array, axis: int, starts: Array) -> Array:
+    """The columns in turn, one chunk after another, where an axis of an array has all of them."""
+    chunk = chunk_length(array.shape[axis])
+    chunks = [lax.dynamic_slice_in_dim(array, start, chunk, axis) for start in starts]
+    return jnp.concatenate(chunks, axis)
+
+
+def put_chunks(array: Array, axis: int, starts: Array, new: Array) -> Array:
+    """The array with others in place of the columns in turn."""
+    for start, chunk in zip(starts, jnp.split(new, len(starts), axis), strict=True):
+        array = lax.dynamic_update_slice_in_dim(array, chunk, start, axis)
+    return array
+
+
+def turn_columns(factor: Array, basis: Array, starts: Array) -> TurnedInPart:
+    """Turns the columns in turn by orthogonal iteration on their part of `Q^T L Q`."""
+    part = take_chunks(basis, 1, starts)
     rotated = times(part.T, times(factor, part))
     order = jnp.argsort(jnp.diagonal(rotated), descending=True)
-    turn = matrices.descending_eigenvectors((rotated + rotated.T) / 2)
-    new = basis.at[:, columns].set(times(part, turn))
-    whole_order = jnp.arange(len(basis)).at[columns].set(columns[order])
+    turn = matrices.orthonormal_factor(rotated[:, order])
+    new = put_chunks(basis, 1, starts, times(part, turn))
+    columns = jnp.arange(len(basis))
+    whole_order = put_chunks(columns, 0, starts, take_chunks(columns, 0, starts)[order])
     return TurnedInPart(matrices.polished(new), turn, whole_order)
 
 
-def turn_moment(mu: Array, axis: int, columns: Array, turn: Array) -> Array:
+def turn_moment(mu: Array, axis: int, starts: Array, turn: Array) -> Array:
     """A first moment, `(*block)`, after columns of the basis of an axis have been turned."""
-    of_columns = (slice(None),) * axis + (columns,)
-    turned = multiply_along(turn.T, mu[of_columns], axis, Precision.HIGHEST)
-    return mu.at[of_columns].set(turned)
+    turned = multiply_along(turn.T, take_chunks(mu, axis, starts), axis, Precision.HIGHEST)
+    return put_chunks(mu, axis, starts, turned)

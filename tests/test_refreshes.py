@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import matrices, refreshes
-from soap_optax.matrices import times
+from soap_optax import matrices, products, refreshes
+from soap_optax.products import times
 
 METHODS = get_args(refreshes.Method)
 FULL = tuple(refreshes.FULL)
@@ -164,34 +164,44 @@ def test_cholesky_qr_falls_back_to_qr_where_the_factor_has_no_full_rank(rank: in
 # The partial refresh.
 
 
-@pytest.mark.parametrize("d", [2, 31, 32, 37, 64])
+def columns_in(d: int, starts: jax.Array) -> np.ndarray:
+    return np.asarray(refreshes.take_chunks(jnp.arange(d), 0, starts))
+
+
+@pytest.mark.parametrize("d", [2, 31, 32, 37, 39, 64, 71])
 def test_partial_refreshes_meet_every_pair_of_columns(d: int) -> None:
     met = np.zeros((d, d), bool)
-    columns_in_turn = jax.jit(refreshes.columns_in_turn, static_argnums=0)
-    rounds = 3 if d % refreshes.CHUNKS else 1
+    chunks_in_turn = jax.jit(refreshes.chunks_in_turn, static_argnums=0)
+    rounds = 5 if d % refreshes.CHUNKS else 1
     for turn in range(len(refreshes.PAIRS) * rounds):
-        columns = np.asarray(columns_in_turn(d, turn))
+        columns = columns_in(d, chunks_in_turn(d, turn))
         assert len(set(columns)) == len(columns) == (d if d < 32 else d // 8 * 2)
         assert columns.min() >= 0
         assert columns.max() < d
         met[np.ix_(columns, columns)] = True
-    # A round leaves out the few columns by which eight chunks are too short, and the next others.
     assert met.all()
 
 
-def test_a_partial_refresh_turns_its_columns_and_leaves_the_others_alone() -> None:
-    vectors = random_basis(40)
-    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 40))
+@pytest.mark.parametrize("turn", [3, 28 * 4 + 20])
+def test_a_partial_refresh_turns_its_columns_and_leaves_the_others_alone(turn: int) -> None:
+    d = 43
+    vectors = random_basis(d)
+    factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, d))
     basis = near(vectors, 0.05)
-    columns = refreshes.columns_in_turn(40, jnp.int32(3))
-    part = refreshes.turn_columns(factor, basis, columns)
-    others = np.setdiff1d(np.arange(40), columns)
+    starts = refreshes.chunks_in_turn(d, jnp.int32(turn))
+    columns = columns_in(d, starts)
+    part = refreshes.turn_columns(factor, basis, starts)
+    others = np.setdiff1d(np.arange(d), columns)
     np.testing.assert_array_equal(part.basis[:, others], basis[:, others])
     assert part.order[others].tolist() == others.tolist()
-    rotated = np.asarray(part.basis.T @ factor @ part.basis)[np.ix_(columns, columns)]
-    assert np.abs(rotated - np.diag(np.diag(rotated))).max() < ROUNDING
-    mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
-    turned = refreshes.turn_moment(mu, 1, columns, part.turn)
+    # The columns span what they did, by descending Rayleigh quotients, and are nearer to diagonal.
+    old, new = basis[:, columns], part.basis[:, columns]
+    np.testing.assert_allclose(new @ new.T, old @ old.T, atol=ROUNDING)
+    assert mass(factor, new) < 0.8 * mass(factor, old)
+    quotients = np.diag(basis.T @ factor @ basis)[part.order[columns]]
+    assert (np.diff(quotients) <= 0).all()
+    mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, d)), jnp.float32)
+    turned = refreshes.turn_moment(mu, 1, starts, part.turn)
     np.testing.assert_allclose(turned @ part.basis.T, mu @ basis.T, atol=ROUNDING)
 
 
@@ -203,13 +213,14 @@ def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
 
     @jax.jit
     def turn_one(basis: jax.Array, turn: Any) -> jax.Array:
-        columns = refreshes.columns_in_turn(40, turn)
-        return refreshes.turn_columns(factor, basis, columns).basis
+        starts = refreshes.chunks_in_turn(40, turn)
+        return refreshes.turn_columns(factor, basis, starts).basis
 
-    for turn in range(4 * len(refreshes.PAIRS)):
+    for turn in range(20 * len(refreshes.PAIRS)):
         basis = turn_one(basis, turn)
         masses.append(mass(factor, basis))
     assert masses[28] < 0.5 * masses[0]
+    # Columns of near eigenvalues, a tenth apart here, come last.
     assert masses[-1] < 1e-3
     assert matrices.is_orthonormal(basis)
 
@@ -225,7 +236,7 @@ def test_a_gram_matrix_is_the_same_in_parts(shape: tuple[int, ...], axis: int) -
     array = np.random.default_rng(0).normal(size=shape)
     others = [other for other in range(len(shape)) if other != axis]
     wanted = np.tensordot(array, array, (others, others))
-    for gram in (matrices.gram_matrix, jax.jit(matrices.gram_matrix, static_argnums=1)):
+    for gram in (products.gram_matrix, jax.jit(products.gram_matrix, static_argnums=1)):
         found = gram(jnp.asarray(array, jnp.float32), axis)
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
@@ -233,7 +244,7 @@ def test_a_gram_matrix_is_the_same_in_parts(shape: tuple[int, ...], axis: int) -
 def test_large_gram_matrices_are_multiplied_in_parts_on_cpus_alone() -> None:
     def flops(rows: int, columns: int) -> float:
         matrix = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-        lowered = jax.jit(matrices.gram_matrix, static_argnums=1).trace(matrix, 0)
+        lowered = jax.jit(products.gram_matrix, static_argnums=1).trace(matrix, 0)
         analysis: Any = lowered.lower(lowering_platforms=("cpu",)).compile().cost_analysis()
         return analysis["flops"] / (2 * rows**2 * columns)
 
@@ -242,7 +253,7 @@ def test_large_gram_matrices_are_multiplied_in_parts_on_cpus_alone() -> None:
     matrix = jax.ShapeDtypeStruct((512, 64), jnp.float32)
     for platform in ("cuda", "tpu"):
         exported = jax.export.export(
-            jax.jit(matrices.gram_matrix, static_argnums=1), platforms=[platform]
+            jax.jit(products.gram_matrix, static_argnums=1), platforms=[platform]
         )(matrix, 0)
         assert exported.mlir_module().count("stablehlo.dot_general") == 1
 

@@ -1,5 +1,7 @@
 """The recorded trajectories of the authors' code, reproduced at every step."""
 
+from collections.abc import Iterator
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import reference
 from jax.typing import DTypeLike
 
 import soap_optax
+from soap_optax import matrices
 
 TRAJECTORIES = helpers.load_trajectories()
 every_trajectory = pytest.mark.parametrize(
@@ -73,6 +76,24 @@ def test_numpy_reference_follows_the_authors_code_to_rounding(
 def test_float64_follows_the_authors_code_to_rounding(trajectory: helpers.Trajectory) -> None:
     params = follow(trajectory, jnp.float64)
     assert params.dtype == np.float64
+    np.testing.assert_allclose(params, trajectory.params, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
+@pytest.fixture
+def decomposed_by_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has every basis refreshed as long ones are on CPUs."""
+    monkeypatch.setattr(matrices, "BLOCKED_FROM", 1)
+    jax.clear_caches()  # JAX would reuse refreshes that other tests traced.
+    yield
+    jax.clear_caches()
+
+
+@every_trajectory
+@pytest.mark.usefixtures("x64", "decomposed_by_panels")
+def test_float64_follows_the_authors_code_to_rounding_by_panels(
+    trajectory: helpers.Trajectory,
+) -> None:
+    params = follow(trajectory, jnp.float64)
     np.testing.assert_allclose(params, trajectory.params, rtol=0, atol=FLOAT64_TOLERANCE)
 
 

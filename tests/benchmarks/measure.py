@@ -51,15 +51,18 @@ class Runner:
 
     def time(self, grads: Any, kind: str) -> float:
         """The seconds of one step, which must be of the kind that it is meant to be."""
-        grads = jax.block_until_ready(self.contender.prepare(grads))
-        before = self._refreshes()
-        started = time.perf_counter()
-        self._step(grads, ALWAYS if kind == "refresh" else NEVER)
-        seconds = time.perf_counter() - started
-        refreshed = self._refreshes() - before
+        seconds, refreshed = self.time_at(grads, ALWAYS if kind == "refresh" else NEVER)
         if not np.all(refreshed == (kind == "refresh")):
             raise RuntimeError(f"{self.name}: a {kind} step refreshed its parts {refreshed} times")
         return seconds
+
+    def time_at(self, grads: Any, frequency: int) -> tuple[float, np.ndarray]:
+        """The seconds of one step at a frequency, and which of its parts it refreshed."""
+        grads = jax.block_until_ready(self.contender.prepare(grads))
+        before = self._refreshes()
+        started = time.perf_counter()
+        self._step(grads, frequency)
+        return time.perf_counter() - started, self._refreshes() - before
 
     def _step(self, grads: Any, frequency: int) -> None:
         operand = jnp.asarray(frequency, jnp.int32)
@@ -88,6 +91,38 @@ def rounds_of(
             for runner in runners[first:] + runners[:first]:
                 if kind in runner.kinds:
                     yield Sample(runner.name, kind, number, runner.time(grads, kind))
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleStep:
+    """One of the steps from one refresh to the next, and how many parts it refreshed."""
+
+    contender: str
+    step: int
+    seconds: float
+    refreshed: int
+
+
+def cycles_of(
+    model: Model, layers: int, contenders: Mapping[str, Contender], frequency: int, cycles: int
+) -> Iterator[CycleStep]:
+    """Times every step of some cycles of refreshes, after one and a half in which turns are found.
+
+    The contenders take each step in turn.
+    """
+    shapes = params_of(model, layers)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    draw = gradients_of(shapes)
+    runners = [Runner(name, contender, params) for name, contender in contenders.items()]
+    for runner in runners:
+        runner.warm_up(draw(0))
+    before = frequency + frequency // 2
+    for number in range(before + cycles * frequency):
+        grads = jax.block_until_ready(draw(number + 1))
+        for runner in runners:
+            seconds, refreshed = runner.time_at(grads, frequency)
+            if number >= before:
+                yield CycleStep(runner.name, number - before, seconds, int(np.sum(refreshed)))
 
 
 def gradients_of(shapes: Any) -> Callable[[int], Any]:

@@ -31,7 +31,7 @@ from jax import Array, lax
 from measure import FLOOR, Spread, spread_of
 from tqdm import tqdm
 
-from soap_optax import matrices, refreshes
+from soap_optax import matrices, products, refreshes
 
 METHODS = ("qr", "cholesky_qr", "eigh", "jacobi", "partial")
 KEPT = 0.95**10  # of a factor, from one refresh to the next
@@ -74,9 +74,9 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
 def refresh(method: str, factor: Array, basis: Array) -> Array:
     """The new basis of a factor, `(d, d)`."""
     if method == "partial":
-        columns = refreshes.columns_in_turn(len(basis), jnp.int32(0))
-        return refreshes.turn_columns(factor, basis, columns).basis
-    return refreshes.FULL[method](factor, basis, matrices.times(factor, basis)).basis
+        starts = refreshes.chunks_in_turn(len(basis), jnp.int32(0))
+        return refreshes.turn_columns(factor, basis, starts).basis
+    return refreshes.FULL[method](factor, basis, products.times(factor, basis)).basis
 
 
 def contenders() -> dict[str, Callable[[Array, Array], Array]]:

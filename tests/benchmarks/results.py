@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import jaxlib.version
 import numpy as np
 import optax
 from compiling import CompileTime, Memory
-from measure import FLOOR, FREQUENCIES, Sample, Spread, Summary
+from measure import FLOOR, FREQUENCIES, CycleStep, Sample, Spread, Summary
 
 import soap_optax
 
@@ -121,6 +122,35 @@ def ratio(spread: Spread | None, quartiles: bool = True) -> str:
         return MISSING
     brackets = f" [{spread.lower:.2f}, {spread.upper:.2f}]" if quartiles else ""
     return f"{spread.median:.2f}{brackets}"
+
+
+def cycles_table(case: Case, steps: Sequence[CycleStep], frequency: int) -> str:
+    """How much longer the longest step of a cycle is than half of all steps."""
+    by_name: dict[str, list[CycleStep]] = {}
+    for step in steps:
+        by_name.setdefault(step.contender, []).append(step)
+    columns: dict[str, Callable[[str], str]] = {
+        "contender": lambda name: name,
+        "median ms": lambda name: f"{1e3 * median_of(by_name[name]):,.1f}",
+        "largest ms": lambda name: f"{1e3 * largest_of(by_name[name]):,.1f}",
+        "largest / median": lambda name: (
+            f"{largest_of(by_name[name]) / median_of(by_name[name]):.2f}"
+        ),
+        "refreshed in a step": lambda name: (
+            f"{min(step.refreshed for step in by_name[name])} to "
+            f"{max(step.refreshed for step in by_name[name])}"
+        ),
+    }
+    title = f"### {case.model}, layers={case.layers}: every step at a frequency of {frequency}"
+    return f"{title}\n\n{markdown(columns, by_name)}\n"
+
+
+def median_of(steps: Sequence[CycleStep]) -> float:
+    return statistics.median(step.seconds for step in steps)
+
+
+def largest_of(steps: Sequence[CycleStep]) -> float:
+    return max(step.seconds for step in steps)
 
 
 def compile_table(model: str, rows: Sequence[CompileTime]) -> str:

@@ -9,6 +9,11 @@ run, on the same shapes. A variant of SOAP joins by its options:
 
     python tests/benchmarks/speed.py --models width_512 --soap "tiles:block_size=256"
 
+every step from one refresh to the next, where blocks take turns and where they do not:
+
+    python tests/benchmarks/speed.py --what cycles --models width_512 --contenders soap \\
+        --soap "stagger:stagger=True"
+
 and compile times over depth, and memory, take no steps:
 
     python tests/benchmarks/speed.py --what compile memory --models gpt_256 --out out/compile
@@ -53,6 +58,7 @@ class Settings(argparse.Namespace):
     contenders: list[str]
     soap: list[tuple[str, dict[str, Any]]]
     rounds: int
+    frequency: int
     layers: int | None
     depths: list[int]
     out: Path | None
@@ -120,7 +126,31 @@ def measure_memory(settings: Settings) -> None:
             results.write_csv(settings.out / "memory.csv", records)
 
 
-MEASURES = {"steps": measure_steps, "compile": measure_compile_times, "memory": measure_memory}
+def measure_cycles(settings: Settings) -> None:
+    """Times every step of two cycles of refreshes, of the contenders that have any."""
+    records: list[dict[str, Any]] = []
+    for name in settings.models:
+        model, case = MODELS[name], Case(name, settings.layers_of(name))
+        contenders = settings.contenders_of(name)
+        contenders = {one: it for one, it in contenders.items() if it.refreshes is not None}
+        frequency = settings.frequency
+        steps = measure.cycles_of(model, case.layers, contenders, frequency, cycles=2)
+        with unless_stalled(settings.stall_after) as still_alive:
+            total = 2 * frequency * len(contenders)
+            bar = tqdm(steps, f"{name}, cycles", total, unit="step", file=sys.stderr)
+            samples = [step for step in bar if still_alive()]
+        print(results.cycles_table(case, samples, frequency), flush=True)
+        records += [dataclasses.asdict(case) | dataclasses.asdict(step) for step in samples]
+        if settings.out:
+            results.write_csv(settings.out / "cycles.csv", records)
+
+
+MEASURES = {
+    "steps": measure_steps,
+    "cycles": measure_cycles,
+    "compile": measure_compile_times,
+    "memory": measure_memory,
+}
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -151,6 +181,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     variant = "NAME:OPTION=VALUE,..."
     add("--soap", type=soap_variant, action="append", default=[], metavar=variant)
     add("--rounds", type=positive, default=5, help="steps of each kind that are timed")
+    add("--frequency", type=positive, default=10, help="of the refreshes in cycles")
     add("--layers", type=positive, help="how deep a model is; each has a default")
     add("--depths", nargs="+", type=positive, default=[4, 12, 24, 48], help="to compile at")
     add("--out", type=Path, help="folder for CSV and pictures")

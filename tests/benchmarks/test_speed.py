@@ -141,6 +141,7 @@ def test_a_variant_that_cannot_be_read_is_an_error(text: str) -> None:
 
 COLUMNS = {
     "steps": ["model", "layers", "contender", "kind", "round", "seconds", "floors"],
+    "cycles": ["model", "layers", "contender", "step", "seconds", "refreshed"],
     "compile": ["model", "contender", "layers", "trace_seconds", "compile_seconds"],
     "memory": [
         *("model", "contender", "layers", "state", "state_per_parameter"),
@@ -154,6 +155,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the standard output of a run with the smallest of everything."""
     out = tmp_path_factory.mktemp("speed") / "made" / "here"
     arguments = ["--models", "tiny", "--layers", "1", "--rounds", "2", "--depths", "1"]
+    arguments += ["--frequency", "3"]
     arguments += ["--contenders", "floor", "adamw"]
     arguments += ["--soap", "tiles:block_size=8", "--what", *COLUMNS, "--out", str(out)]
     process = subprocess.run(
@@ -172,8 +174,20 @@ def test_a_run_writes_its_numbers_as_csv(run: tuple[Path, str], what: str) -> No
     with (run[0] / f"{what}.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == COLUMNS[what]
-    expected = {"steps": (1 + 1 + 2) * 2, "compile": 3, "memory": 3}
+    expected = {"steps": (1 + 1 + 2) * 2, "cycles": 2 * 3, "compile": 3, "memory": 3}
     assert len(rows) == expected[what]
+
+
+@pytest.mark.parametrize(("stagger", "most"), [(False, 4), (True, 1)])
+def test_every_step_of_a_cycle_is_timed_with_what_it_refreshed(stagger: bool, most: int) -> None:
+    model = shapes.of_matrices(lambda layers: {str(n): (24, 16) for n in range(layers)}, 4)
+    variant = contenders.contenders_of(model, [], {"soap": {"stagger": stagger}})
+    steps = list(measure.cycles_of(model, 4, variant, frequency=5, cycles=2))
+    assert [step.step for step in steps] == list(range(10))
+    refreshed = [step.refreshed for step in steps]
+    assert refreshed[:5] == refreshed[5:]
+    assert sum(refreshed[:5]) == 4
+    assert max(refreshed) == most
 
 
 @pytest.mark.parametrize("what", ["steps", "compile"])

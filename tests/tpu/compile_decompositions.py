@@ -44,8 +44,8 @@ def refresh(method: str, matrix: jax.Array) -> jax.Array:
     """What a method makes of the identity, a basis of the Gram matrix."""
     factor, basis = matrix @ matrix.T, jnp.eye(len(matrix))
     if method == "partial":
-        columns = refreshes.columns_in_turn(len(basis), jnp.int32(0))
-        return refreshes.turn_columns(factor, basis, columns).basis
+        starts = refreshes.chunks_in_turn(len(basis), jnp.int32(0))
+        return refreshes.turn_columns(factor, basis, starts).basis
     return refreshes.FULL[method](factor, basis, factor).basis
 
 
