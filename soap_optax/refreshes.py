@@ -228,11 +228,11 @@ def put_chunks(array: Array, axis: int, starts: Array, new: Array) -> Array:
 
 
 def turn_columns(factor: Array, basis: Array, starts: Array) -> TurnedInPart:
-    """Turns the columns in turn by orthogonal iteration on their part of `Q^T L Q`."""
+    """Turns the columns in turn among themselves, to diagonalize their part of `Q^T L Q`."""
     part = take_chunks(basis, 1, starts)
     rotated = times(part.T, times(factor, part))
     order = jnp.argsort(jnp.diagonal(rotated), descending=True)
-    turn = matrices.orthonormal_factor(rotated[:, order])
+    turn = matrices.descending_eigenvectors((rotated + rotated.T) / 2)
     new = put_chunks(basis, 1, starts, times(part, turn))
     columns = jnp.arange(len(basis))
     whole_order = put_chunks(columns, 0, starts, take_chunks(columns, 0, starts)[order])

@@ -194,10 +194,10 @@ def test_a_partial_refresh_turns_its_columns_and_leaves_the_others_alone(turn: i
     others = np.setdiff1d(np.arange(d), columns)
     np.testing.assert_array_equal(part.basis[:, others], basis[:, others])
     assert part.order[others].tolist() == others.tolist()
-    # The columns span what they did, by descending Rayleigh quotients, and are nearer to diagonal.
+    # The columns span what they did, and diagonalize their part, by descending Rayleigh quotients.
     old, new = basis[:, columns], part.basis[:, columns]
     np.testing.assert_allclose(new @ new.T, old @ old.T, atol=ROUNDING)
-    assert mass(factor, new) < 0.8 * mass(factor, old)
+    assert mass(factor, new) < ROUNDING
     quotients = np.diag(basis.T @ factor @ basis)[part.order[columns]]
     assert (np.diff(quotients) <= 0).all()
     mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, d)), jnp.float32)
@@ -216,11 +216,10 @@ def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
         starts = refreshes.chunks_in_turn(40, turn)
         return refreshes.turn_columns(factor, basis, starts).basis
 
-    for turn in range(20 * len(refreshes.PAIRS)):
+    for turn in range(4 * len(refreshes.PAIRS)):
         basis = turn_one(basis, turn)
         masses.append(mass(factor, basis))
     assert masses[28] < 0.5 * masses[0]
-    # Columns of near eigenvalues, a tenth apart here, come last.
     assert masses[-1] < 1e-3
     assert matrices.is_orthonormal(basis)
 
