@@ -97,3 +97,11 @@ def test_a_batch_is_decomposed_one_matrix_after_another() -> None:
     jaxpr = str(jax.make_jaxpr(jax.vmap(matrices.orthonormal_factor))(batch))
     assert re.search(r"f32\[512,86\].* = geqrf", jaxpr)
     assert "f32[2,512,86]" not in jaxpr
+
+
+def test_derivatives_take_it_as_a_constant() -> None:
+    matrix = jnp.asarray(random_matrix(512, 512), jnp.float32)
+    factor = jax.jit(matrices.orthonormal_factor)
+    _, tangent = jax.jvp(factor, (matrix,), (matrix,))
+    assert not tangent.any()
+    assert not jax.grad(lambda matrix: jnp.sum(factor(matrix) * matrix[0, 0]))(matrix)[1:].any()

@@ -74,16 +74,24 @@ class Runner:
         return count(self.state) if count else np.zeros((), np.int32)
 
 
-def rounds_of(
-    model: Model, layers: int, contenders: Mapping[str, Contender], rounds: int
-) -> Iterator[Sample]:
-    """Goes round all contenders `rounds` times, and begins with another one each time."""
+def warmed_up(
+    model: Model, layers: int, contenders: Mapping[str, Contender]
+) -> tuple[list[Runner], Callable[[int], Any]]:
+    """The contenders with their first bases, and what draws gradients, of which they had seed 0."""
     shapes = params_of(model, layers)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     draw = gradients_of(shapes)
     runners = [Runner(name, contender, params) for name, contender in contenders.items()]
     for runner in runners:
         runner.warm_up(draw(0))
+    return runners, draw
+
+
+def rounds_of(
+    model: Model, layers: int, contenders: Mapping[str, Contender], rounds: int
+) -> Iterator[Sample]:
+    """Goes round all contenders `rounds` times, and begins with another one each time."""
+    runners, draw = warmed_up(model, layers, contenders)
     for number in range(rounds):
         first = number % len(runners)
         for kind in ("plain", "refresh"):
@@ -110,12 +118,7 @@ def cycles_of(
 
     The contenders take each step in turn.
     """
-    shapes = params_of(model, layers)
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    draw = gradients_of(shapes)
-    runners = [Runner(name, contender, params) for name, contender in contenders.items()]
-    for runner in runners:
-        runner.warm_up(draw(0))
+    runners, draw = warmed_up(model, layers, contenders)
     before = frequency + frequency // 2
     for number in range(before + cycles * frequency):
         grads = jax.block_until_ready(draw(number + 1))
