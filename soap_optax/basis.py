@@ -117,7 +117,15 @@ def _later(
 
 
 def _kept(frame: Eigenframe, _factors: Sequence[Array], _products: Sequence[Array]) -> Moved:
-    return Moved(frame.bases, frame.mu, frame.nu, kept=jnp.asarray(True))
+    return Moved(frame.bases, frame.mu, frame.nu, _flag(True, frame))
+
+
+def _flag(value: bool, frame: Eigenframe) -> Array:
+    """A flag that in a `shard_map` may differ between devices, as the frame does.
+
+    What a conditional returns has to, where devices decide differently: `vmap` makes it a select.
+    """
+    return jnp.full_like(frame.refreshes, value, dtype=bool)
 
 
 def _turned(
@@ -140,7 +148,7 @@ def _turned_in_part(axes: Sequence[int], frame: Eigenframe, factors: Sequence[Ar
         mu = refreshes.turn_moment(mu, axis, starts, part.turn)
         nu = second_moment.reorder(nu, part.order, axis)
         bases.append(part.basis)
-    return Moved(tuple(bases), mu, nu, kept=jnp.asarray(False))
+    return Moved(tuple(bases), mu, nu, _flag(False, frame))
 
 
 def _carried(axes: Sequence[int], frame: Eigenframe, turned: Sequence[Turned]) -> Moved:
@@ -154,7 +162,7 @@ def _carried(axes: Sequence[int], frame: Eigenframe, turned: Sequence[Turned]) -
         mu = multiply_along(old, mu, axis, Precision.HIGHEST)
         mu = multiply_along(new.basis.T, mu, axis, Precision.HIGHEST)
         nu = second_moment.reorder(nu, new.order, axis)
-    return Moved(tuple(new.basis for new in turned), mu, nu, kept=jnp.asarray(False))
+    return Moved(tuple(new.basis for new in turned), mu, nu, _flag(False, frame))
 
 
 def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:

@@ -5,7 +5,7 @@ No equation lives here, and nothing here depends on how the parameter tree was c
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -201,6 +201,9 @@ def _refresh_blocks(
 ) -> tuple[tuple[Array, ...], Eigenframe]:
     """Goes through a stack one block at a time, so that each may be refreshed or kept."""
     dtype = jax.tree.leaves(frame.nu)[0].dtype
+    if rule.tolerance is not None:  # In a `shard_map` it may differ between devices, as blocks do.
+        tolerance = jnp.full_like(due[0], rule.tolerance, dtype=rule.tolerance.dtype)
+        rule = replace(rule, tolerance=tolerance)
 
     def refresh(factors: tuple[Array, ...], frame: Eigenframe) -> Eigenframe:
         whole = tuple(

@@ -102,7 +102,9 @@ def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Turned:
         turn = rotation(rotation_angles(times(basis.T, product)))
         return number + 1, mass, matrices.polished(times(basis, turn)), product
 
-    start = (jnp.int32(0), jnp.asarray(jnp.inf, basis.dtype), basis, product)
+    # Made of an entry, so that in a `shard_map` it differs between devices as the masses do.
+    unmeasured = jnp.full_like(product[0, 0], jnp.inf)
+    start = (jnp.int32(0), unmeasured, basis, product)
     _, _, basis, _ = lax.while_loop(goes_on, sweep, jax.tree.map(lax.stop_gradient, start))
     return Turned(basis, jnp.arange(len(basis)))
 

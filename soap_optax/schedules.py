@@ -10,6 +10,9 @@ from jax.typing import ArrayLike
 
 from soap_optax import arguments
 
+# The longest interval there is, and so never: a run of 32 bits of updates is over before it.
+LONGEST = np.iinfo(np.int32).max
+
 Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
 
@@ -38,7 +41,7 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
     Raises:
       TypeError, ValueError: where an argument is not such an integer.
     """
-    check = partial(arguments.check_integer, least=1, hint="", most=np.iinfo(np.int32).max)
+    check = partial(arguments.check_integer, least=1, hint="", most=LONGEST)
     check("dense", dense, way_out="1 lengthens the interval in every update")
     check("most", most, way_out="1 refreshes in every step")
 
@@ -49,7 +52,22 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
 
 
 def frequency_at(frequency: Frequency, count: Array) -> Array:
-    """The frequency in force, a whole number of at least 1, after `count` calls of `update`."""
+    """The frequency in force, a whole number from 1 to `LONGEST`, after `count` calls of `update`.
+
+    What is not whole is cut, what is larger, infinity included, is `LONGEST`, and what is less
+    than 1, or no number at all, is 1.
+    """
     if callable(frequency):
         frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.
-    return jnp.maximum(jnp.asarray(frequency).astype(jnp.int32), 1)
+    if isinstance(frequency, (int, float)):
+        frequency = min(frequency, LONGEST)  # An array of 32 bits may not hold more.
+    frequency = jnp.asarray(frequency)
+    if frequency.ndim:
+        raise ValueError(
+            "precondition_frequency must be one number for all blocks, got an array of shape "
+            f"{frequency.shape}; a schedule returns a scalar"
+        )
+    size = frequency.astype(jnp.float32)  # To compare it with what its own dtype may not hold.
+    in_range = (size >= 1) & (size < LONGEST)
+    whole = jnp.where(in_range, frequency, 1).astype(jnp.int32)
+    return jnp.where(size >= LONGEST, LONGEST, whole)

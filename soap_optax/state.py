@@ -13,8 +13,10 @@ Symbols used in every module:
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from soap_optax import folding
@@ -133,6 +135,18 @@ def initial_state(plan: Plan, storage: Storage) -> ScaleBySoapState:
         stacks={name: _empty_stack(group, storage) for name, group in plan.stacks.items()},
         ravelled={name: _empty_vector(group, storage) for name, group in plan.ravelled.items()},
     )
+
+
+def unknown_to_the_compiler(state: ScaleBySoapState) -> ScaleBySoapState:
+    """Hides from XLA that moments are zero and bases the identity, in a program that makes them.
+
+    Compiled for CPUs by jaxlib 0.10 to 0.12, products with long constants of zeros come out wrong
+    where XLA combines them with what follows: the sum over a first update, which is zero, was NaN,
+    or 1e37. A state from outside is unknown anyway, and arrays are given back as they are.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
+        return lax.optimization_barrier(state)
+    return state
 
 
 def _empty_stack(group: Group, storage: Storage) -> StackState:

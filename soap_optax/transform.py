@@ -31,7 +31,12 @@ from soap_optax.execution import Order, RefreshTiming
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
-from soap_optax.state import ScaleBySoapState, Storage, initial_state
+from soap_optax.state import (
+    ScaleBySoapState,
+    Storage,
+    initial_state,
+    unknown_to_the_compiler,
+)
 
 
 def scale_by_soap(
@@ -225,7 +230,9 @@ def scale_by_soap(
         if stands_for_any_params(params):
             return opaque_state()
         plan = trees.plan_of(params, cut, dimension_numbers, multiple)
-        return place_state(lambda: initial_state(plan, storage), stack_sharding)
+        return place_state(
+            lambda: unknown_to_the_compiler(initial_state(plan, storage)), stack_sharding
+        )
 
     def update_fn(
         updates: optax.Updates,

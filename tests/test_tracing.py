@@ -177,6 +177,27 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
     assert_close((stack(updates), state), plain_run())
 
 
+@pytest.mark.parametrize("options", [{}, {"factored": True}, {"refresh_order": "after_gradient"}])
+@pytest.mark.parametrize("shape", [(512, 8), (8, 512), (600, 600)])
+def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
+    shape: tuple[int, int], options: Any
+) -> None:
+    """It is zero. XLA for CPUs made sums over it NaN, where it knew the state to be zero."""
+    optimizer = soap_optax.scale_by_soap(**options)
+
+    @jax.jit
+    def first_step(grad: jax.Array) -> Any:
+        updates, state = optimizer.update(grad, optimizer.init(grad))
+        moved = jnp.mean(jnp.square((grad + updates) @ grad.T))
+        still = jnp.mean(jnp.square(grad @ grad.T))
+        return (jnp.sum(updates), jnp.sum(jnp.square(updates)), moved / still), state
+
+    sums, state = first_step(jax.random.normal(jax.random.key(0), shape))
+    # The loss is that of two products which may add in different orders.
+    np.testing.assert_allclose(sums, (0, 0, 1), rtol=1e-5, atol=0)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
 def test_no_two_leaves_of_the_first_state_share_a_buffer(jitted: bool) -> None:
     zeros = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}

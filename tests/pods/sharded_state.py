@@ -8,7 +8,7 @@ writes, for each name in `CHECKS`, null or the traceback of its failure.
 import functools
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import eight
 
@@ -24,6 +24,7 @@ from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
+from soap_optax.refreshes import Method
 
 Tree = Any
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -445,6 +446,31 @@ def injected_hyperparameters_reach_every_device() -> None:
         optimizer = inject(learning_rate=0.1, stack_sharding=all_axes(mesh), **OPTIONS)
         params, _, _ = train(optimizer, place(draw(), mesh))
         assert_close(params, single_device_run()[0])
+
+
+@check
+def a_users_own_shard_map_may_hold_an_optimizer_on_each_device() -> None:
+    """Each device trains a model of its own: its state differs from those of the others."""
+    mesh = mesh_of("8", AUTO)
+    each = PartitionSpec("x")
+    grads = jnp.asarray(np.random.default_rng(6).normal(size=(4, 8, 12, 6)))
+    options: list[dict[str, Any]] = [{"refresh": method} for method in get_args(Method)]
+    for option in [*options, {"refresh_tolerance": 1e-9}, {"stagger": True}, {"block_size": 6}]:
+        optimizer = soap_optax.scale_by_soap(precondition_frequency=2, **option)
+        states = wanted_states = jax.vmap(optimizer.init)(grads[0])
+
+        def update(grads: jax.Array, states: Any, optimizer: Any = optimizer) -> Any:
+            return jax.vmap(optimizer.update)(grads, states)
+
+        mapped = jax.shard_map(update, mesh=mesh, in_specs=(each, each), out_specs=(each, each))
+        mapped, together = jax.jit(mapped), jax.jit(update)
+        for grad in grads:
+            updates, states = mapped(grad, states)
+            wanted, wanted_states = together(grad, wanted_states)
+            assert_close(updates, wanted)
+        for found, wanted in zip(*map(jax.tree.leaves, (states, wanted_states)), strict=True):
+            if found.dtype == jnp.int32:
+                np.testing.assert_array_equal(found, wanted)
 
 
 @check
