@@ -187,6 +187,7 @@ def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
 
     @jax.jit
     def first_step(grad: jax.Array) -> Any:
+        updates: Any
         updates, state = optimizer.update(grad, optimizer.init(grad))
         moved = jnp.mean(jnp.square((grad + updates) @ grad.T))
         still = jnp.mean(jnp.square(grad @ grad.T))
