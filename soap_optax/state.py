@@ -129,15 +129,16 @@ class Storage:
 
 def initial_state(plan: Plan, storage: Storage) -> ScaleBySoapState:
     """The state before the first gradient: no statistics, and the identity as every basis."""
-    return ScaleBySoapState(
+    state = ScaleBySoapState(
         layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),
         count=jnp.zeros((), jnp.int32),
         stacks={name: _empty_stack(group, storage) for name, group in plan.stacks.items()},
         ravelled={name: _empty_vector(group, storage) for name, group in plan.ravelled.items()},
     )
+    return _unknown_to_the_compiler(state)
 
 
-def unknown_to_the_compiler(state: ScaleBySoapState) -> ScaleBySoapState:
+def _unknown_to_the_compiler(state: ScaleBySoapState) -> ScaleBySoapState:
     """Hides from XLA that moments are zero and bases the identity, in a program that makes them.
 
     Compiled for CPUs by jaxlib 0.10 to 0.12, products with long constants of zeros come out wrong

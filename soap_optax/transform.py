@@ -31,12 +31,7 @@ from soap_optax.execution import Order, RefreshTiming
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
-from soap_optax.state import (
-    ScaleBySoapState,
-    Storage,
-    initial_state,
-    unknown_to_the_compiler,
-)
+from soap_optax.state import ScaleBySoapState, Storage, initial_state
 
 
 def scale_by_soap(
@@ -141,7 +136,6 @@ def scale_by_soap(
       stack_multiple: what the number of blocks in a stack is padded to a multiple of. None means
         the number of shards of ``stack_sharding``. State of one multiple can be restored on any
         number of devices that divides it.
-
       refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
         fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
@@ -169,7 +163,8 @@ def scale_by_soap(
 
     Raises:
       TypeError, ValueError: when built, where an argument is out of range; at `init`, where a leaf
-        is not real floating point; at `update`, where the state belongs to other shapes.
+        is not real floating point; at `update`, where the state belongs to other shapes, or a
+        schedule gives an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
@@ -230,9 +225,7 @@ def scale_by_soap(
         if stands_for_any_params(params):
             return opaque_state()
         plan = trees.plan_of(params, cut, dimension_numbers, multiple)
-        return place_state(
-            lambda: unknown_to_the_compiler(initial_state(plan, storage)), stack_sharding
-        )
+        return place_state(lambda: initial_state(plan, storage), stack_sharding)
 
     def update_fn(
         updates: optax.Updates,

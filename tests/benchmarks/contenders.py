@@ -1,4 +1,4 @@
-"""What is timed: the six-product floor, AdamW, Muon, a textbook SOAP and `soap_optax`.
+"""What is timed: the six-product floor, Adam, AdamW, Muon, a textbook SOAP and `soap_optax`.
 
 All of them get the same gradients of the same parameters. Each is a function to make its state and
 a jitted one, with the state donated, that takes a step. How often SOAP refreshes is an operand of
@@ -56,6 +56,7 @@ def contenders_of(
     """The contenders of these names, and a variant of `soap_optax.soap` for each of the options."""
     known: dict[str, Callable[[], Contender]] = {
         "floor": lambda: floor(model),
+        "adam": lambda: plain(optax.adam(LEARNING_RATE)),
         "adamw": lambda: plain(optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)),
         "muon": lambda: plain(muon(model)),
         "textbook": lambda: textbook(model),
@@ -65,7 +66,8 @@ def contenders_of(
     return chosen | {name: soap(model, **options) for name, options in variants.items()}
 
 
-NAMES = ("floor", "adamw", "muon", "textbook", "soap")
+USUAL = ("floor", "adamw", "muon", "textbook", "soap")
+NAMES = (*USUAL, "adam")
 
 
 def jitted(step: Step) -> Any:

@@ -41,7 +41,7 @@ import measure
 import plots
 import results
 from compiling import CompileTime, compile_time, memory_of
-from contenders import NAMES, contenders_of, floor_operations
+from contenders import NAMES, USUAL, contenders_of, floor_operations
 from measure import Summary
 from results import Case
 from shapes import MODELS, params_of
@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         "--models", nargs="+", choices=MODELS, default=real, metavar="MODEL", help=", ".join(MODELS)
     )
     add("--what", nargs="+", choices=MEASURES, default=["steps"])
-    add("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    add("--contenders", nargs="+", choices=NAMES, default=list(USUAL))
     variant = "NAME:OPTION=VALUE,..."
     add("--soap", type=soap_variant, action="append", default=[], metavar=variant)
     add("--rounds", type=positive, default=5, help="steps of each kind that are timed")

@@ -54,7 +54,7 @@ def test_the_floor_has_the_blocks_of_soap(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_optimizer_takes_every_model(name: str) -> None:
     model = MODELS[name]
-    optimizers = contenders.contenders_of(model, ["adamw", "muon", "textbook", "soap"], {})
+    optimizers = contenders.contenders_of(model, ["adam", "adamw", "muon", "textbook", "soap"], {})
     params = shapes.params_of(model, 1)
     for optimizer in optimizers.values():
         updates, _ = jax.eval_shape(optimizer.update, *operands_of(optimizer, model, 1))
