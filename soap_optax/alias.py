@@ -26,6 +26,7 @@ STATIC_ARGS = (
     "dimension_numbers",
     "stack_sharding",
     "stack_multiple",
+    "param_shardings",
     "refresh",
     "refresh_order",
     "stagger",
@@ -61,6 +62,7 @@ def soap(
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
+    param_shardings: Any | Callable[[Any], Any] | None = None,
     refresh: Method = "qr",
     refresh_tolerance: ArrayLike | None = None,
     refresh_order: Order = "before_gradient",
@@ -116,6 +118,7 @@ def soap(
       dimension_numbers: see `scale_by_soap`.
       stack_sharding: see `scale_by_soap`.
       stack_multiple: see `scale_by_soap`.
+      param_shardings: see `scale_by_soap`.
       refresh: see `scale_by_soap`.
       refresh_tolerance: see `scale_by_soap`.
       refresh_order: see `scale_by_soap`.
@@ -156,6 +159,7 @@ def soap(
             dimension_numbers=dimension_numbers,
             stack_sharding=stack_sharding,
             stack_multiple=stack_multiple,
+            param_shardings=param_shardings,
             refresh=refresh,
             refresh_tolerance=refresh_tolerance,
             refresh_order=refresh_order,

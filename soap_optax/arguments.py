@@ -157,6 +157,20 @@ def check_stack_multiple(value: Any, shards: int) -> None:
         )
 
 
+def check_param_shardings(value: Any, stack_sharding: NamedSharding | None) -> None:
+    """Raises where `value` cannot be a tree of shardings, or there are no stacks to divide."""
+    if isinstance(value, (bool, str, numbers.Number)):
+        raise TypeError(
+            "param_shardings must be None, a tree of NamedSharding that matches the parameters, or "
+            f"a function of the parameters that returns one, got {value!r}"
+        )
+    if value is not None and stack_sharding is None:
+        raise ValueError(
+            "param_shardings must be None where stack_sharding is None: undivided stacks are "
+            "exchanged with nobody"
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, bool):

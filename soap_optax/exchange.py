@@ -1,198 +1,234 @@
-"""The two ways between leaves and a stack that is divided among devices.
+"""The two ways between leaves and what is divided among devices: stacks, and ravelled moments.
 
 Leaves lie as the user wants them; of a stack every device has whole blocks. Gradients are exchanged
-once on their way in, updates once on their way out, for each kind of block.
+once on their way in, updates once on their way out, for each kind of block, where its leaves are
+split alike, along axes of their blocks or not at all.
 
-Tiles take a second exchange each way. A leaf that is split over a mesh along an axis that is cut
-into tiles has whole tiles on every device, or a part of one, but not those that the stack wants
-there. So all tiles are first cut into equal parts, one for each device, those of equal leaves
-together, and then exchanged like leaves that are split in this way. A part is numbers in a row, and
-not a rectangle: TPUs store the last two axes of an array in units of 8x128.
+Other leaves take a second exchange each way. A leaf that is split along an axis that is cut into
+tiles has whole tiles on every device, or a part of one, but not those that the stack wants there.
+So all blocks are first cut into equal parts, one for each device, those of equal leaves together,
+and then exchanged like leaves that are split in this way.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from soap_optax import layout, placement
+from soap_optax import layout, padding, placement
+from soap_optax.parts import Parts, parts_of
+from soap_optax.places import Places, Split
 from soap_optax.planning import Group, Plan, Region
 from soap_optax.views import Shape
 
 
-def bring_in(
-    leaves: Sequence[ArrayLike], plan: Plan, group: Group, sharding: NamedSharding | None
-) -> Array:
-    """Reads the blocks of a stack out of the leaves, `(B, *block)`: the exchange of gradients."""
-    if sharding is None:
-        [stack] = layout.gather(leaves, plan, group)
-        return stack
-    parts = _parts_of_tiles(group, sharding)
-    if parts is None:
-        [stack] = layout.gather(leaves, plan, group)
-        return placement.divide(placement.divide_axis(stack, 0, sharding), sharding)
+@dataclass(frozen=True)
+class Whole:
+    """Leaves are exchanged as they are.
 
-    [stack] = layout.gather(leaves, plan, group, partial(_on_equal_shapes, parts.divide))
-    # Held as it comes, or the compiler of JAX 0.8 exchanges one leaf after another.
-    for order in (parts.finer, parts.sharding):
-        stack = placement.redivide(stack, parts.axis, order)
-    stack = placement.divide_first_instead_of(parts.axis, stack, sharding, parts.sharding)
-    return placement.divide(parts.join(stack), sharding)
+    Attributes:
+      kept: how many axes of the mesh divide the first axis already, in the order of the sharding.
+    """
+
+    kept: int
+
+
+def bring_in(leaves: Sequence[ArrayLike], plan: Plan, group: Group, places: Places | None) -> Array:
+    """Reads the blocks of a stack out of the leaves, `(B, *block)`: the exchange of gradients."""
+    if places is None:
+        [stack] = layout.gather(leaves, plan, group)
+        return padding.move(stack, group, group.places)
+    sharding = places.sharding
+    least = padding.least_places(group, sharding)
+    way = _way_of_stack(plan, group, places)
+    if isinstance(way, Whole):
+        [stack] = layout.gather(leaves, plan, group)
+        stack = padding.move(stack, group, least)
+        stack = placement.divide_axis(stack, 0, sharding, after=way.kept)
+    else:
+        divide = partial(_on_equal_leaves, way.divide, plan, places)
+        [stack] = layout.gather(leaves, plan, group, divide)
+        # Held as it comes, or the compiler of JAX 0.8 exchanges one leaf after another.
+        for order in (way.finer, way.sharding):
+            stack = placement.redivide(stack, way.axis, order)
+        stack = padding.move(stack, group, least)
+        stack = placement.divide_first_instead_of(way.axis, stack, sharding, way.sharding)
+        stack = way.join(stack)
+    return padding.move_locally(placement.divide(stack, sharding), group, group.places, sharding)
 
 
 def take_out(
-    stack: Array, group: Group, starts: Mapping[int, ArrayLike], sharding: NamedSharding | None
+    stack: Array, plan: Plan, group: Group, starts: Mapping[int, ArrayLike], places: Places | None
 ) -> dict[Region, Array]:
     """Divides a stack among the regions that it came from: the exchange of updates.
 
     Args:
       stack: `(B, *block)`.
+      plan: the plan of the tree.
       group: the group of `bring_in`.
       starts: each position of `layout.starts_of`, as a number or as a traced scalar.
-      sharding: how the stack is divided among devices; None if it is not.
+      places: where stacks and leaves lie; None if they are not divided.
     """
-    if sharding is None:
-        return layout.split([stack], group, starts)
-    parts = _parts_of_tiles(group, sharding)
-    if parts is None:
-        return layout.split([placement.join_axis(stack, 0, sharding)], group, starts)
-
-    cut = parts.cut(stack)
-    stack = placement.divide_instead_of_first(parts.axis, cut, sharding, parts.sharding)
-    stack = placement.redivide(stack, parts.axis, parts.finer)
+    if places is None:
+        return layout.split([padding.move(stack, group, group.blocks)], group, starts)
+    sharding = places.sharding
+    least = padding.least_places(group, sharding)
+    stack = padding.move_locally(stack, group, least, sharding)
+    way = _way_of_stack(plan, group, places)
+    if isinstance(way, Whole):
+        stack = placement.join_axis(stack, 0, sharding, after=way.kept)
+        return layout.split([padding.move(stack, group, group.blocks)], group, starts)
+    parts = placement.divide_instead_of_first(way.axis, way.cut(stack), sharding, way.sharding)
+    parts = placement.redivide(padding.move(parts, group, group.blocks), way.axis, way.finer)
     tiles = {}
-    for region, blocks in layout.split([stack], group, starts).items():
+    for region, blocks in layout.split([parts], group, starts).items():
         batch = region.tile[: len(region.tile) - len(region.block)]
         tiles[region] = blocks.reshape(*region.tiles, *batch, *blocks.shape[1:])
-    return _on_equal_shapes(parts.gather, tiles)
+    return _on_equal_leaves(way.gather, plan, places, tiles)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """How a tile is cut into as many parts as there are shards, each of numbers in a row.
+def ravel(leaves: Sequence[Array], plan: Plan, group: Group, places: Places | None) -> Array:
+    """Puts the entries of leaves into one vector, `(N,)`, with zeros as padding, and divides it.
 
-    Attributes:
-      block: the shape of a tile.
-      sharding: divides an axis of parts among all devices.
-      finer: the same over a mesh with more and shorter axes, perhaps in another order.
-      first: the axis of a tile that is divided before the tile is cut; from the end.
-      before: over which axes of the finer mesh it is, the first ones of `finer`.
+    Args:
+      leaves: the leaves of a group, stacked by shape, `(k, *leaf)`.
+      plan: the plan of the tree.
+      group: the leaves and their padding.
+      places: where the vector and the leaves lie; None if they are not divided.
     """
-
-    block: Shape
-    sharding: NamedSharding
-    finer: NamedSharding
-    first: int
-    before: NamedSharding
-    axis = -2  # of parts
-
-    def cut(self, tiles: Array) -> Array:
-        """Views `(..., *block)` as `(..., parts, numbers)`."""
-        ndim = len(self.block)
-        parts = math.prod(placement.parts_of(self.sharding))
-        tiles = jnp.moveaxis(tiles, self.first, -ndim)
-        return tiles.reshape(*tiles.shape[: tiles.ndim - ndim], parts, -1)
-
-    def join(self, parts: Array) -> Array:
-        """Undoes `cut`."""
-        rest = list(self.block)
-        lengths = [rest.pop(self.first), *rest]
-        tiles = parts.reshape(*parts.shape[: self.axis], *lengths)
-        return jnp.moveaxis(tiles, -len(lengths), self.first)
-
-    def divide(self, tiles: Array) -> Array:
-        """Cuts tiles that lie as leaves do, and divides the parts."""
-        tiles = placement.divide_axis(tiles, self.first, self.before, may_be_split=True)
-        after = len(placement.axes_of(self.before))
-        return placement.divide_axis(
-            self.cut(tiles), self.axis, self.finer, after=after, may_be_split=True
-        )
-
-    def gather(self, parts: Array) -> Array:
-        """Undoes `divide`."""
-        after = len(placement.axes_of(self.before))
-        parts = placement.join_axis(parts, self.axis, self.finer, after=after, may_be_split=True)
-        return placement.join_axis(self.join(parts), self.first, self.before, may_be_split=True)
+    way = None if places is None else _way_of_vector(plan, group, places)
+    if places is None or way is None:
+        vector = jnp.concatenate([leaf.ravel() for leaf in leaves])
+        return divide_vector(vector, group, None if places is None else places.sharding)
+    [[leaf]] = leaves
+    if isinstance(way, Whole):
+        leaf = placement.divide_axis(leaf, 0, places.sharding, after=way.kept)
+    else:
+        leaf = way.divide(leaf)
+        for order in (way.finer, places.sharding):
+            leaf = placement.redivide(leaf, way.axis, order)
+    return placement.divide(leaf.ravel(), places.sharding)
 
 
-def _parts_of_tiles(group: Group, sharding: NamedSharding) -> Parts | None:
-    """How tiles are cut on their way; None for whole leaves, and where parts would not be equal."""
-    lengths = dict(zip(placement.axes_of(sharding), placement.parts_of(sharding), strict=True))
-    shards = math.prod(lengths.values())
-    if not group.is_cut or shards == 1 or math.prod(group.block) % shards:
-        return None
-    counts = {
-        count
+def unravel(
+    vector: Array,
+    shapes: Sequence[Shape],
+    plan: Plan,
+    group: Group,
+    places: Places | None,
+) -> list[Array]:
+    """Undoes `ravel`: gives leaves of these shapes."""
+    way = None if places is None else _way_of_vector(plan, group, places)
+    if places is None or way is None:
+        if places is not None:
+            vector = placement.join_axis(vector, 0, places.sharding)
+        parts = layout.consecutive_slices([math.prod(shape) for shape in shapes])
+        return [vector[part].reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    if isinstance(way, Whole):
+        leaf = vector.reshape(group.block)
+        return [placement.join_axis(leaf, 0, places.sharding, after=way.kept)[None]]
+    parts = vector.reshape(places.shards, -1)
+    for order in (places.sharding, way.finer):
+        parts = placement.redivide(parts, way.axis, order)
+    return [way.gather(parts)[None]]
+
+
+def divide_vector(vector: Array, group: Group, sharding: NamedSharding | None) -> Array:
+    """Pads a vector with zeros and divides it."""
+    if group.padding:
+        vector = jnp.concatenate([vector, jnp.zeros(group.padding, vector.dtype)])
+    return placement.divide(vector, sharding)
+
+
+def _way_of_stack(plan: Plan, group: Group, places: Places) -> Whole | Parts:
+    """How the blocks of a stack are exchanged.
+
+    In parts, where an axis of a leaf that holds several blocks is split, or may be; where leaves
+    are split in several ways; and where there would be as much padding as blocks. As a stack of
+    whole leaves otherwise, and where parts would not be equal.
+    """
+    shards = places.shards
+    if shards == 1 or math.prod(group.block) % shards:
+        return Whole(kept=0)
+    several = [
+        (region, axis)
         for region in group.regions
-        for count, length in zip(region.tiles, region.tile, strict=True)
-        if count > 1 and length > 1  # What is split along an axis of layers has whole tiles.
-    }
-    mesh, names = placement.refine(sharding, counts)
-    finer = {axis: names[axis] for axis in lengths}
-    shorter = {name: mesh.shape[name] for name in itertools.chain(*finer.values())}
-    first, before = _divided_before(group.block, shorter, [*finer.values()])
-    order = (*before, *(name for name in shorter if name not in before))
-    return Parts(
-        group.block,
-        placement.over(_whole_axes(order, finer) or lengths, sharding.mesh),
-        placement.over(order, mesh),
-        first,
-        placement.over(before, mesh),
+        for axis, count in enumerate(region.tiles)
+        if count > 1
+    ]
+    # What is split along an axis of layers has whole tiles.
+    counts = {region.tiles[axis] for region, axis in several if region.tile[axis] > 1}
+    in_parts = parts_of(group.block, places.sharding, counts)
+    if padding.least_places(group, places.sharding) >= 2 * group.blocks:
+        return in_parts
+    known = {r: places.split_of_view(plan, r.leaf) for r in group.regions}
+    splits = {region: split for region, split in known.items() if split is not None}
+    if len(splits) < len(known):
+        return in_parts if several else Whole(kept=0)
+    if len({split[-len(group.block) :] for split in splits.values()}) > 1:
+        return in_parts
+    split_first = {axis for region, axis in several if any(splits[region][axis])}
+    if not split_first:
+        return Whole(kept=0)
+    if split_first == {0} and len(splits) == 1 and group.blocks % shards == 0:
+        [(region, split)] = splits.items()
+        way = _kept(region.tiles[0], split[0], places.sharding)
+        return in_parts if way is None else way
+    return in_parts
+
+
+def _way_of_vector(plan: Plan, group: Group, places: Places) -> Whole | Parts | None:
+    """How the entries of a leaf with a vector of its own are exchanged, or None for all at once.
+
+    Along its first axis, where entries are one after another.
+    """
+    shards = places.shards
+    if shards == 1 or group.padding or group.entries != math.prod(group.block):
+        return None
+    split = places.split_of_view(plan, group.regions[0].leaf)
+    if split is not None and group.block[0] % shards == 0:
+        way = _kept(group.block[0], split[0], places.sharding)
+        if way is not None:
+            return way
+    return parts_of(group.block, places.sharding, axes=1)
+
+
+def _kept(length: int, split: Split, sharding: NamedSharding) -> Whole | None:
+    """How an axis is exchanged that is split over the first axes of the mesh that are to divide it.
+
+    None if it is not.
+    """
+    first, inner = (split[0], split[1:]) if split else ((), ())
+    lengths = [sharding.mesh.shape[axis] for axis in first]
+    is_kept = placement.axes_of(sharding)[: len(first)] == first
+    return (
+        Whole(len(first))
+        if is_kept and not any(inner) and length % math.prod(lengths) == 0
+        else None
     )
 
 
-def _divided_before(
-    block: Shape, lengths: Mapping[str, int], whole: Sequence[Sequence[str]]
-) -> tuple[int, Sequence[str]]:
-    """Which axis of a tile divides evenly over most devices, and over which axes of the finer mesh.
-
-    The first such axis of the tile, from the end, and axes that make up whole ones, the last of
-    them: those over which parameters are most often split. Or, if these are more, the last parts of
-    one: a leaf that is split over all of it is split from tile to tile over its first parts.
-
-    Args:
-      block: the shape of a tile.
-      lengths: of the finer mesh's axes.
-      whole: which of these make up an axis of the mesh.
-    """
-
-    def shards(axes: Sequence[str]) -> int:
-        return math.prod(lengths[axis] for axis in axes)
-
-    some = [c for n in range(len(whole) + 1) for c in itertools.combinations(whole, n)]
-    candidates = [list(itertools.chain(*combination)) for combination in reversed(some)]
-    candidates += [parts[n:] for parts in reversed(whole) for n in range(1, len(parts))]
-    best = [
-        max((axes for axes in candidates if length % shards(axes) == 0), key=shards)
-        for length in block
-    ]
-    first = max(range(len(block)), key=lambda axis: shards(best[axis]))
-    return first - len(block), best[first]
-
-
-def _whole_axes(order: Sequence[str], parts: Mapping[str, Sequence[str]]) -> list[str]:
-    """The axes of a mesh whose parts are in that order; none, if it takes some of them apart."""
-    ordered = sorted(parts, key=lambda axis: order.index(parts[axis][0]) if parts[axis] else -1)
-    return ordered if [*itertools.chain(*(parts[axis] for axis in ordered))] == [*order] else []
-
-
-def _on_equal_shapes(
-    function: Callable[[Array], Array], arrays: Mapping[Region, Array]
+def _on_equal_leaves(
+    function: Callable[[Array], Array],
+    plan: Plan,
+    places: Places,
+    arrays: Mapping[Region, Array],
 ) -> dict[Region, Array]:
-    """Calls a function once for all arrays of a shape and dtype, which it gets stacked.
+    """Calls a function once for all arrays of leaves that are alike, which it gets stacked.
 
-    One shape comes after another, so that what is on its way is not held for all at once.
+    They have one shape and dtype, and are split in one way, or in one that is not known. One kind
+    comes after another, so that what is on its way is not held for all at once.
     """
-    alike: dict[jax.ShapeDtypeStruct, list[Region]] = {}
+    alike: dict[Any, list[Region]] = {}
     for region, array in arrays.items():
-        alike.setdefault(jax.ShapeDtypeStruct(array.shape, array.dtype), []).append(region)
+        split = places.split_of_view(plan, region.leaf)
+        alike.setdefault((array.shape, array.dtype, split), []).append(region)
     stacks: list[Array] = []
     for regions in alike.values():
         given = [arrays[region] for region in regions]

@@ -65,12 +65,16 @@ def update_stack(
       refreshing: when and how bases are refreshed.
       sharding: how the stack is divided among devices; None if it is not.
     """
-    blocks = group.blocks + group.padding
-    padding = jnp.arange(blocks) >= group.blocks
-    turns = jnp.asarray(turns_of(range(number, number + blocks)))
+    places = group.places_of_blocks(group.places)
+    padding, turns = np.ones(group.places, bool), np.zeros(group.places, np.float32)
+    padding[places] = False
+    turns[places] = turns_of(range(number, number + group.blocks))
     update = partial(_update_blocks, group.block, group.axes)
     return placement.on_local_blocks(
-        update, (grads, padding, turns, state), (hyper, *refreshing), sharding
+        update,
+        (grads, jnp.asarray(padding), jnp.asarray(turns), state),
+        (hyper, *refreshing),
+        sharding,
     )
 
 

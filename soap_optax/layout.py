@@ -22,8 +22,6 @@ def gather(
 ) -> list[Array]:
     """Reads a group's blocks out of the leaves: `(k, *tile)` for each run of equal tiles.
 
-    Padding blocks of a stack are zeros.
-
     Args:
       leaves: all leaves of the tree.
       plan: the plan of the tree.
@@ -40,8 +38,6 @@ def gather(
     runs = []
     for run in group.runs:
         blocks = [_to_blocks(tiles[region], region) for region in run]
-        if group.axes and group.padding:
-            blocks.append(jnp.zeros((group.padding, *blocks[0].shape[1:])))
         runs.append(jnp.concatenate(blocks, dtype=group.dtype))
     return runs
 
@@ -99,6 +95,12 @@ def scatter(plan: Plan, blocks: Mapping[Region, Array], leaves: Sequence[ArrayLi
             whole = jnp.zeros(shape)
         wholes.append(split_like(whole.astype(jnp.result_type(like)), like))
     return wholes
+
+
+def consecutive_slices(lengths: Sequence[int]) -> list[slice]:
+    """Where parts of these lengths lie in what they are concatenated to."""
+    ends = itertools.accumulate(lengths)
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
 def _to_view(leaf: ArrayLike, view: View) -> Array:

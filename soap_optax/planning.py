@@ -71,20 +71,27 @@ class Group:
         return sum(math.prod(region.tiles) for region in self.regions)
 
     @property
-    def is_cut(self) -> bool:
-        """Whether any leaf is cut along an axis of its blocks."""
-        ndim = len(self.block)
-        return any(math.prod(region.tiles[-ndim:]) > 1 for region in self.regions)
-
-    @property
     def entries(self) -> int:
         """How many entries of parameters the group holds."""
         return sum(math.prod(region.tiles + region.tile) for region in self.regions)
 
     @property
     def padding(self) -> int:
-        """How many blocks of a stack, or entries of ravelled leaves, come last and hold nothing."""
+        """How many blocks of a stack, or last entries of ravelled leaves, hold nothing."""
         return -(self.blocks if self.axes else self.entries) % self.multiple
+
+    @property
+    def places(self) -> int:
+        """The length of a stack: its blocks and its padding."""
+        return self.blocks + self.padding
+
+    def places_of_blocks(self, places: int) -> np.ndarray:
+        """Where the blocks lie in a stack of some length, `(blocks,)`: evenly, as 0, 2, 5 of 8.
+
+        However many shards divide that length, each has its share of blocks, or one less. Which it
+        has does not depend on the length.
+        """
+        return np.arange(self.blocks) * places // self.blocks
 
 
 @dataclass(frozen=True)

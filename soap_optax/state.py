@@ -4,7 +4,7 @@ Symbols used in every module:
 
 | symbol | meaning |
 | --- | --- |
-| `B` | blocks in a stack: equal shape, equal preconditioned axes; padding blocks come last |
+| `B` | blocks in a stack: equal shape, equal preconditioned axes; padding among them |
 | `d` | length of one preconditioned axis of a block |
 | `*block` | shape of a block, `m n` for a matrix |
 | `L` | leaves (or tiles of leaves) that are ravelled together, `N` entries in all, with padding |
@@ -151,7 +151,7 @@ def _unknown_to_the_compiler(state: ScaleBySoapState) -> ScaleBySoapState:
 
 
 def _empty_stack(group: Group, storage: Storage) -> StackState:
-    blocks, dtype = group.blocks + group.padding, group.dtype
+    blocks, dtype = group.places, group.dtype
     narrow = _narrower(storage.preconditioner_dtype, dtype)
     lengths = [group.block[axis] for axis in group.axes]
     shapes = [folding.folded_shape(d) if storage.fold_factors else (d, d) for d in lengths]

@@ -28,6 +28,7 @@ from soap_optax import (
 from soap_optax.basis import RefreshRule
 from soap_optax.block import Hyperparameters
 from soap_optax.execution import Order, RefreshTiming
+from soap_optax.places import Places, places_of
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
@@ -51,6 +52,7 @@ def scale_by_soap(
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
+    param_shardings: Any | Callable[[Any], Any] | None = None,
     refresh: Method = "qr",
     refresh_tolerance: ArrayLike | None = None,
     refresh_order: Order = "before_gradient",
@@ -136,6 +138,11 @@ def scale_by_soap(
       stack_multiple: what the number of blocks in a stack is padded to a multiple of. None means
         the number of shards of ``stack_sharding``. State of one multiple can be restored on any
         number of devices that divides it.
+      param_shardings: where parameters and gradients lie on the mesh of ``stack_sharding``: a tree
+        of `NamedSharding` with the structure of the parameters or a prefix of it, or a function of
+        them that returns one. What is None, and everything if this is None, is for the compiler to
+        find out, which exchanges more where leaves of one kind are split in different ways, or
+        along axes of layers or experts. Explicit axes tell by themselves.
       refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
         fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
@@ -201,6 +208,7 @@ def scale_by_soap(
         shards = math.prod(placement.parts_of(stack_sharding))
         sharding = placement.on_automatic_axes(stack_sharding)
     arguments.check_stack_multiple(stack_multiple, shards)
+    arguments.check_param_shardings(param_shardings, stack_sharding)
     cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided)
     storage = Storage(mu_dtype, preconditioner_dtype, fold_factors, factored)
     multiple = stack_multiple or shards
@@ -237,7 +245,8 @@ def scale_by_soap(
         plan = trees.plan_of(updates, cut, dimension_numbers, multiple)
         state = trees.checked_state(state, jax.eval_shape(lambda: initial_state(plan, storage)))
         leaves, treedef = jax.tree.flatten(updates)
-        update = partial(update_leaves, plan)
+        places = places_of(updates, param_shardings, stack_sharding)
+        update = partial(update_leaves, plan, places)
         if sharding is not None:
             update = placement.with_automatic_axes(update)
         hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
@@ -246,18 +255,21 @@ def scale_by_soap(
 
     def update_leaves(
         plan: planning.Plan,
+        places: Places | None,
         numbers: tuple[tuple[RefreshTiming, RefreshRule], dict[str, Hyperparameters]],
         leaves: list[ArrayLike],
         state: ScaleBySoapState,
     ) -> tuple[list[Array], ScaleBySoapState]:
         refreshing, hyper = numbers
+        if places is not None:
+            leaves = places.hold(leaves)
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[planning.Region, Array] = {}
         stacks, vectors = {}, {}
         number = 0
         for name, group in plan.stacks.items():
             with jax.named_scope(f"soap/{name}"):
-                grads = exchange.bring_in(leaves, plan, group, sharding)
+                grads = exchange.bring_in(leaves, plan, group, places)
                 stack_updates, stacks[name] = execution.update_stack(
                     grads,
                     state.stacks[name],
@@ -268,15 +280,16 @@ def scale_by_soap(
                     sharding,
                 )
                 number += group.blocks
-                blocks |= exchange.take_out(stack_updates, group, starts, sharding)
+                blocks |= exchange.take_out(stack_updates, plan, group, starts, places)
         for name, group in plan.ravelled.items():
             with jax.named_scope("soap/ravelled"):
                 grads = layout.gather(leaves, plan, group)
                 run_updates, vectors[name] = ravelled.update(
-                    grads, state.ravelled[name], group, hyper[group.dtype.name], sharding
+                    grads, state.ravelled[name], plan, group, hyper[group.dtype.name], places
                 )
                 blocks |= layout.split(run_updates, group, starts)
-        return layout.scatter(plan, blocks, leaves), ScaleBySoapState(
+        new_leaves = layout.scatter(plan, blocks, leaves)
+        return new_leaves if places is None else places.hold(new_leaves), ScaleBySoapState(
             layout_version=state.layout_version,
             count=jnp.asarray(optax.safe_increment(state.count)),
             stacks=stacks,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from soap_optax.prefixes import said_of_leaves
+
 Shape = tuple[int, ...]
 
 
@@ -111,29 +113,16 @@ def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> 
     Raises:
       ValueError: where it is no prefix of the tree, or an axis is out of range or named twice.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     if callable(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
     if dimension_numbers is None:
         return [AxesMark.ALIKE] * len(leaves)
-    indexed = treedef.unflatten(range(len(leaves)))
-    found: dict[int, Axes] = {}
-
-    def note(numbers: Any, indices: Any) -> None:
-        for index in jax.tree.leaves(indices):
-            path, leaf = leaves[index]
-            found[index] = _axes_of(numbers, jax.numpy.ndim(leaf), jax.tree_util.keystr(path))
-
-    try:
-        jax.tree.map(note, dimension_numbers, indexed, is_leaf=_is_numbers)
-    except ValueError as error:
-        if str(error).startswith("dimension_numbers"):
-            raise
-        raise ValueError(
-            "dimension_numbers must be a tree whose structure is that of the parameters or a "
-            f"prefix of it, or a function that returns one: {error}"
-        ) from error
-    return [found[index] for index in range(len(leaves))]
+    said = said_of_leaves("dimension_numbers", dimension_numbers, tree, _is_numbers)
+    return [
+        _axes_of(numbers, jax.numpy.ndim(leaf), jax.tree_util.keystr(path))
+        for numbers, (path, leaf) in zip(said, leaves, strict=True)
+    ]
 
 
 def _is_numbers(value: Any) -> bool:
