@@ -127,13 +127,13 @@ def check_dimension_numbers(value: Any, merge_dims: bool) -> None:
         )
 
 
-def check_stack_sharding(value: Any) -> None:
-    """Raises unless `value` is None or a sharding of the leading axis alone."""
-    if value is None:
+def check_stack_sharding(value: Any, is_optional: bool = True) -> None:
+    """Raises unless `value` is a sharding of the leading axis alone, or None where that will do."""
+    if value is None and is_optional:
         return
     if not isinstance(value, NamedSharding) or not isinstance(value.mesh, Mesh):
         raise TypeError(
-            "stack_sharding must be None or a NamedSharding of a Mesh, such as "
+            f"stack_sharding must be {'None or ' * is_optional}a NamedSharding of a Mesh, such as "
             f"NamedSharding(mesh, P('data')), got {value!r}"
         )
     leading, others = tuple(value.spec[:1]), value.spec[1:]
@@ -142,6 +142,20 @@ def check_stack_sharding(value: Any) -> None:
             "stack_sharding must divide the leading axis and no other, got "
             f"{value.spec}; name all mesh axes to divide by in one entry, as in "
             "PartitionSpec(('data', 'fsdp'))"
+        )
+    named = leading[0] if isinstance(leading[0], tuple) else leading[:1]
+    automatic = [axis for axis in named if axis in value.mesh.auto_axes]
+    if value.mesh.explicit_axes and automatic:
+        raise ValueError(
+            "stack_sharding must name explicit axes alone where its mesh has any, got "
+            f"{value.spec}, of which {', '.join(map(repr, automatic))} is automatic; make all axes "
+            "of the mesh of one type, or divide by the explicit ones"
+        )
+    if value.memory_kind == "pinned_host":
+        raise ValueError(
+            "stack_sharding must be in the memory of the devices, got "
+            f"memory_kind={value.memory_kind!r}; move a state to the host and back between steps, "
+            "with jax.device_put"
         )
 
 

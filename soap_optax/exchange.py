@@ -52,7 +52,7 @@ def bring_in(leaves: Sequence[ArrayLike], plan: Plan, group: Group, places: Plac
         stack = padding.move(stack, group, least)
         stack = placement.divide_axis(stack, 0, sharding, after=way.kept)
     else:
-        divide = partial(_on_equal_leaves, way.divide, plan, places)
+        divide = partial(_on_equal_leaves, way.divide, way, plan, places)
         [stack] = layout.gather(leaves, plan, group, divide)
         # Held as it comes, or the compiler of JAX 0.8 exchanges one leaf after another.
         for order in (way.finer, way.sharding):
@@ -90,7 +90,7 @@ def take_out(
     for region, blocks in layout.split([parts], group, starts).items():
         batch = region.tile[: len(region.tile) - len(region.block)]
         tiles[region] = blocks.reshape(*region.tiles, *batch, *blocks.shape[1:])
-    return _on_equal_leaves(way.gather, plan, places, tiles)
+    return _on_equal_leaves(way.gather, way, plan, places, tiles)
 
 
 def ravel(leaves: Sequence[Array], plan: Plan, group: Group, places: Places | None) -> Array:
@@ -188,15 +188,15 @@ def _way_of_vector(plan: Plan, group: Group, places: Places) -> Whole | Parts | 
 
     Along its first axis, where entries are one after another.
     """
-    shards = places.shards
-    if shards == 1 or group.padding or group.entries != math.prod(group.block):
+    if places.shards == 1 or group.padding or group.entries != math.prod(group.block):
         return None
     split = places.split_of_view(plan, group.regions[0].leaf)
-    if split is not None and group.block[0] % shards == 0:
-        way = _kept(group.block[0], split[0], places.sharding)
-        if way is not None:
-            return way
-    return parts_of(group.block, places.sharding, axes=1)
+    way = None
+    if group.block[0] % places.shards == 0:
+        # Compilers find the shortest way of one that is split over all axes of the mesh, or none.
+        all_axes = Whole(len(placement.axes_of(places.sharding)))
+        way = all_axes if split is None else _kept(group.block[0], split[0], places.sharding)
+    return parts_of(group.block, places.sharding, axes=1) if way is None else way
 
 
 def _kept(length: int, split: Split, sharding: NamedSharding) -> Whole | None:
@@ -215,12 +215,13 @@ def _kept(length: int, split: Split, sharding: NamedSharding) -> Whole | None:
 
 
 def _on_equal_leaves(
-    function: Callable[[Array], Array],
+    function: Callable[[Array, int], Array],
+    parts: Parts,
     plan: Plan,
     places: Places,
     arrays: Mapping[Region, Array],
 ) -> dict[Region, Array]:
-    """Calls a function once for all arrays of leaves that are alike, which it gets stacked.
+    """Calls a method of `parts` once for all arrays of leaves that are alike, stacked.
 
     They have one shape and dtype, and are split in one way, or in one that is not known. One kind
     comes after another, so that what is on its way is not held for all at once.
@@ -230,11 +231,13 @@ def _on_equal_leaves(
         split = places.split_of_view(plan, region.leaf)
         alike.setdefault((array.shape, array.dtype, split), []).append(region)
     stacks: list[Array] = []
-    for regions in alike.values():
+    for (_, _, split), regions in alike.items():
         given = [arrays[region] for region in regions]
+        is_cut = regions[0].tiles[parts.first] > 1
+        kept = 0 if split is None or is_cut else parts.kept(split[parts.first])
         if stacks:  # Both results are used: of others, compilers rid a barrier.
             given, stacks[-1] = lax.optimization_barrier((given, stacks[-1]))
-        stacks.append(function(jnp.stack(given)))
+        stacks.append(function(jnp.stack(given), kept))
     return {
         region: stack[number]
         for regions, stack in zip(alike.values(), stacks, strict=True)

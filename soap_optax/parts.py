@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from soap_optax import placement
+from soap_optax.places import Split
 from soap_optax.views import Shape
 
 
@@ -41,6 +42,7 @@ def parts_of(
         placement.over(order, mesh),
         first - len(block),
         placement.over(before, mesh),
+        finer,
     )
 
 
@@ -54,6 +56,7 @@ class Parts:
       finer: the same over a mesh with more and shorter axes, perhaps in another order.
       first: the axis of a tile that is divided before the tile is cut; from the end.
       before: over which axes of the finer mesh it is, the first ones of `finer`.
+      names: those axes of the finer mesh that make up an axis of the mesh.
     """
 
     block: Shape
@@ -61,6 +64,7 @@ class Parts:
     finer: NamedSharding
     first: int
     before: NamedSharding
+    names: Mapping[str, Sequence[str]]
     axis = -2  # of parts
 
     def cut(self, tiles: Array) -> Array:
@@ -77,19 +81,33 @@ class Parts:
         tiles = parts.reshape(*parts.shape[: self.axis], *lengths)
         return jnp.moveaxis(tiles, -len(lengths), self.first)
 
-    def divide(self, tiles: Array) -> Array:
-        """Cuts tiles that lie as leaves do, and divides the parts."""
-        tiles = placement.divide_axis(tiles, self.first, self.before, may_be_split=True)
+    def kept(self, split: Split) -> int:
+        """How many axes of `before` split the first axis already, if it is known to be split so."""
+        if not split or any(split[1:]):
+            return 0
+        names = (*itertools.chain(*(self.names.get(axis, [axis]) for axis in split[0])),)
+        return len(names) if placement.axes_of(self.before)[: len(names)] == names else 0
+
+    def divide(self, tiles: Array, kept: int = 0) -> Array:
+        """Cuts tiles that lie as leaves do, and divides the parts.
+
+        Args:
+          tiles: the tiles of leaves, `(..., *block)`.
+          kept: how many axes of `before` split their first axis already.
+        """
+        tiles = placement.divide_axis(tiles, self.first, self.before, after=kept, may_be_split=True)
         after = len(placement.axes_of(self.before))
         return placement.divide_axis(
             self.cut(tiles), self.axis, self.finer, after=after, may_be_split=True
         )
 
-    def gather(self, parts: Array) -> Array:
-        """Undoes `divide`."""
+    def gather(self, parts: Array, kept: int = 0) -> Array:
+        """Undoes `divide`, with the same arguments."""
         after = len(placement.axes_of(self.before))
         parts = placement.join_axis(parts, self.axis, self.finer, after=after, may_be_split=True)
-        return placement.join_axis(self.join(parts), self.first, self.before, may_be_split=True)
+        return placement.join_axis(
+            self.join(parts), self.first, self.before, after=kept, may_be_split=True
+        )
 
 
 def _divided_before(

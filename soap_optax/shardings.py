@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
+from soap_optax import arguments
 from soap_optax.state import RavelledState, ScaleBySoapState
 
 
@@ -38,7 +39,11 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
 
     Returns:
       The same tree with a `NamedSharding` in place of every leaf.
+
+    Raises:
+      TypeError, ValueError: where `stack_sharding` is none that `soap` takes.
     """
+    arguments.check_stack_sharding(stack_sharding, is_optional=False)
     mesh = stack_sharding.mesh
     stack_sharding = NamedSharding(mesh, PartitionSpec(stack_sharding.spec[0]))
 

@@ -233,6 +233,7 @@ def scale_by_soap(
         if stands_for_any_params(params):
             return opaque_state()
         plan = trees.plan_of(params, cut, dimension_numbers, multiple)
+        places_of(params, param_shardings, stack_sharding)  # For what it refuses.
         return place_state(lambda: initial_state(plan, storage), stack_sharding)
 
     def update_fn(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
 
@@ -158,6 +158,12 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     ),
     (("mask",), ["bias", 1, 0.5], "must be None, a tree of booleans", "a function"),
     (("dimension_numbers",), [True, 3, "rows"], "must be None, a tree of objects", "a function"),
+    (
+        ("param_shardings",),
+        [True, 3, "rows"],
+        "must be None, a tree of NamedSharding",
+        "a function",
+    ),
 ]
 
 
@@ -210,6 +216,105 @@ def test_sharding_of_anything_but_the_leading_axis_is_refused(spec: tuple[Any, .
     rule = r"stack_sharding must divide the leading axis and no other, got .*\('data', 'fsdp'\)"
     with pytest.raises(ValueError, match=rule):
         soap_optax.scale_by_soap(stack_sharding=sharding)
+
+
+def mesh_of_one(*kinds: AxisType) -> Mesh:
+    """A mesh of axes `data` and `model` that has a single device."""
+    device = np.array(jax.devices()[:1]).reshape(1, 1)
+    return Mesh(device, ("data", "model"), axis_types=kinds or (AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("spec", [("data",), (("data", "model"),)], ids=str)
+def test_automatic_axes_of_a_mesh_that_has_explicit_ones_are_refused(spec: tuple[Any, ...]) -> None:
+    mesh = mesh_of_one(AxisType.Auto, AxisType.Explicit)
+    with pytest.raises(ValueError, match=r"must name explicit axes alone .* 'data' is automatic"):
+        soap_optax.scale_by_soap(stack_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    explicit = NamedSharding(mesh, PartitionSpec("model"))
+    params = {"kernel": jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, PartitionSpec()))}
+    optimizer = soap_optax.scale_by_soap(stack_sharding=explicit)
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params))
+    np.testing.assert_array_equal(updates["kernel"], 0)
+
+
+def test_state_in_the_memory_of_the_host_is_refused() -> None:
+    sharding = NamedSharding(mesh_of_one(), PartitionSpec("data"), memory_kind="pinned_host")
+    with pytest.raises(ValueError, match="memory_kind='pinned_host'; move a state to the host"):
+        soap_optax.scale_by_soap(stack_sharding=sharding)
+
+
+def test_explicit_parameters_on_another_mesh_than_the_stacks_are_refused() -> None:
+    explicit = mesh_of_one(AxisType.Explicit, AxisType.Explicit)
+    params = {"kernel": jax.device_put(jnp.ones((4, 3)), NamedSharding(explicit, PartitionSpec()))}
+    optimizer = soap_optax.scale_by_soap(
+        stack_sharding=NamedSharding(mesh_of_one(), PartitionSpec("data"))
+    )
+    rule = r"stack_sharding must be on the mesh of the parameters .* at \['kernel'\]"
+    with pytest.raises(ValueError, match=rule):
+        optimizer.update(params, optimizer.init(params))
+
+
+MESH = mesh_of_one()
+OTHER_AXES = Mesh(MESH.devices, ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "rule"),
+    [
+        (
+            {"kernel": PartitionSpec("data")},
+            TypeError,
+            r"a NamedSharding or None .* at \['kernel'\]",
+        ),
+        ({"other": None}, ValueError, "a tree whose structure is that of the parameters"),
+        (
+            {"kernel": NamedSharding(OTHER_AXES, PartitionSpec("x"))},
+            ValueError,
+            r"on the mesh of stack_sharding, .*'data'.*'x'.* at \['kernel'\]",
+        ),
+        (
+            {"kernel": NamedSharding(MESH, PartitionSpec(None, None, "data"))},
+            ValueError,
+            r"say how a parameter's axes are split, got .* at \['kernel'\], which has 2 axes",
+        ),
+        (
+            {"kernel": NamedSharding(MESH, PartitionSpec(PartitionSpec.UNCONSTRAINED))},
+            ValueError,
+            "say how a parameter's axes are split, got .*UNCONSTRAINED",
+        ),
+    ],
+)
+def test_what_is_said_of_parameters_has_to_be_of_them(
+    said: Any, error: type[Exception], rule: str
+) -> None:
+    params = {"kernel": jnp.ones((4, 3))}
+    optimizer = soap_optax.scale_by_soap(
+        stack_sharding=NamedSharding(MESH, PartitionSpec("data")), param_shardings=said
+    )
+    state = soap_optax.scale_by_soap().init(params)
+    for function in (optimizer.init, lambda params: optimizer.update(params, state)):
+        with pytest.raises(error, match="param_shardings must .*" + rule):
+            function(params)
+
+
+def test_shardings_of_parameters_without_stacks_to_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="param_shardings must be None where stack_sharding is"):
+        soap(param_shardings=NamedSharding(MESH, PartitionSpec("data")))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "error", "rule"),
+    [
+        ("data", TypeError, "must be a NamedSharding of a Mesh"),
+        (None, TypeError, "must be a NamedSharding of a Mesh"),
+        (NamedSharding(MESH, PartitionSpec()), ValueError, "must divide the leading axis"),
+        (NamedSharding(MESH, PartitionSpec(None, "data")), ValueError, "must divide the leading"),
+    ],
+)
+def test_state_shardings_takes_what_soap_takes(
+    sharding: Any, error: type[Exception], rule: str
+) -> None:
+    with pytest.raises(error, match="stack_sharding " + rule):
+        soap_optax.state_shardings(soap().init({"kernel": jnp.ones((4, 3))}), sharding)
 
 
 def test_multiple_that_shards_do_not_divide_is_refused() -> None:

@@ -30,6 +30,7 @@ KEYWORD_ONLY = {
     "dimension_numbers": None,
     "stack_sharding": None,
     "stack_multiple": None,
+    "param_shardings": None,
     "refresh": "qr",
     "refresh_tolerance": None,
     "refresh_order": "before_gradient",

@@ -1,0 +1,132 @@
+"""Checks that divided updates equal those of one device, whatever the options.
+
+    python sharded_options.py results.json
+
+writes, for each name in `CHECKS`, null or the traceback of its failure.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import eight
+
+if __name__ == "__main__":
+    eight.simulate_devices()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
+from sharded_state import (
+    AUTO,
+    EXPLICIT,
+    TOLERANCE,
+    all_axes,
+    assert_close,
+    mesh_of,
+    places_of_blocks,
+)
+
+import soap_optax
+from soap_optax.refreshes import Method
+
+# Leaves by name: how many, of what shape, and how they are split over the axes of a mesh 4x2. Where
+# a gradient's factors are singular, they are of a single gradient and of the same bits everywhere.
+LEAVES: dict[str, tuple[int, tuple[int, ...], PartitionSpec]] = {
+    "query": (3, (8, 8), PartitionSpec("x", "y")),
+    "out": (2, (8, 8), PartitionSpec("y", "x")),
+    "up": (1, (8, 16), PartitionSpec(None, ("x", "y"))),
+    "layers": (2, (8, 8, 6), PartitionSpec(("x", "y"))),
+    "experts": (1, (4, 8, 4), PartitionSpec("x", None, "y")),
+    "embedding": (1, (1024, 64), PartitionSpec(("x", "y"))),
+    "vector": (2, (8,), PartitionSpec("x")),
+    "whole": (1, (6, 6), PartitionSpec()),
+    "scalar": (1, (), PartitionSpec()),
+}
+DIMENSION_NUMBERS = {
+    name: MuonDimensionNumbers(-2, -1) if len(shape) > 1 else None
+    for name, (_, shape, _) in LEAVES.items()
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"refresh_{method}": {"refresh": method} for method in get_args(Method)},
+    "stagger": {"stagger": True, "precondition_frequency": 3},
+    "refresh_tolerance": {"refresh_tolerance": 0.1},
+    "after_gradient": {"refresh_order": "after_gradient"},
+    "block_size": {"block_size": 4},
+    "dimension_numbers": {"dimension_numbers": DIMENSION_NUMBERS},
+    "tiles_of_layers": {"dimension_numbers": DIMENSION_NUMBERS, "block_size": 4},
+    "merge_dims": {"merge_dims": True, "max_precond_dim": 16},
+    "precondition_1d": {"precondition_1d": True},
+    "one_sided": {"one_sided": True},
+    "factored": {"factored": True, "fold_factors": True},
+    "narrow": {"mu_dtype": jnp.float32, "preconditioner_dtype": jnp.float32},
+    "normalize_grads": {"normalize_grads": True, "correct_bias": False},
+    "stack_multiple": {"stack_multiple": 24, "stagger": True},
+}
+STEPS = 6
+
+
+def draw(step: int) -> Any:
+    rng = np.random.default_rng(step)
+    return {
+        name: [rng.normal(size=shape) for _ in range(count)]
+        for name, (count, shape, _) in LEAVES.items()
+    }
+
+
+def equals_one_device(mesh_kind: Any, known: bool, **options: Any) -> None:
+    mesh = mesh_of("4x2", mesh_kind)
+    options = {"precondition_frequency": 2, "max_precond_dim": 8} | options
+    shardings = {name: NamedSharding(mesh, spec) for name, (_, _, spec) in LEAVES.items()}
+    divided = soap_optax.scale_by_soap(
+        stack_sharding=all_axes(mesh), param_shardings=shardings if known else None, **options
+    )
+    alone = soap_optax.scale_by_soap(**options)
+    first = {name: jax.device_put(draw(0)[name], shardings[name]) for name in LEAVES}
+    state, wanted_state = divided.init(first), alone.init(draw(0))
+    places = jax.tree.map(lambda leaf: leaf.sharding, (first, state))
+    update = jax.jit(divided.update, out_shardings=places)
+    update_alone = jax.jit(alone.update)
+    for step in range(STEPS):
+        grads = draw(step)
+        if step == 3:
+            grads["out"][1][0, 0] = np.nan
+            grads["embedding"][0][5, 7] = np.inf
+        lying = {name: jax.device_put(grads[name], shardings[name]) for name in LEAVES}
+        updates, state = update(lying, state)
+        wanted, wanted_state = update_alone(grads, wanted_state)
+        assert_close(updates, wanted)
+    assert update._cache_size() == 1
+    for stack, wanted in zip(state.stacks.values(), wanted_state.stacks.values(), strict=True):
+        found_of = places_of_blocks(int(wanted.age.size) - padding_of(wanted), stack.age.size)
+        alone_of = places_of_blocks(len(found_of), wanted.age.size)
+        for one, other in zip(jax.tree.leaves(stack), jax.tree.leaves(wanted), strict=True):
+            assert {len(shard.data) for shard in one.addressable_shards} == {len(one) // 8}
+            one, other = np.asarray(one)[found_of], np.asarray(other)[alone_of]
+            np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+    for part, wanted in zip(state.ravelled.values(), wanted_state.ravelled.values(), strict=True):
+        np.testing.assert_array_equal(part.refused_gradients, wanted.refused_gradients)
+        for one, other in ((part.mu, wanted.mu), (part.nu, wanted.nu)):
+            assert {len(shard.data) for shard in one.addressable_shards} == {len(one) // 8}
+            np.testing.assert_allclose(np.asarray(one)[: len(other)], other, atol=TOLERANCE)
+
+
+def padding_of(stack: Any) -> int:
+    """How many places of a stack never had a gradient."""
+    return int(np.sum(np.asarray(stack.accepted_gradients + stack.refused_gradients) == 0))
+
+
+CHECKS: Mapping[str, Callable[[], None]] = {
+    name: functools.partial(equals_one_device, AUTO, known=number % 2 == 0, **options)
+    for number, (name, options) in enumerate(OPTIONS.items())
+} | {
+    f"{name}_explicit": functools.partial(equals_one_device, EXPLICIT, False, **OPTIONS[name])
+    for name in ("default", "dimension_numbers", "tiles_of_layers")
+}
+
+
+if __name__ == "__main__":
+    eight.run_checks(CHECKS)
