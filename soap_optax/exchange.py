@@ -164,7 +164,7 @@ def _way_of_stack(plan: Plan, group: Group, places: Places) -> Whole | Parts:
     ]
     # What is split along an axis of layers has whole tiles.
     counts = {region.tiles[axis] for region, axis in several if region.tile[axis] > 1}
-    in_parts = parts_of(group.block, places.sharding, counts)
+    in_parts = parts_of(group.block, places.sharding, counts, unused=_unused(group, places))
     if padding.least_places(group, places.sharding) >= 2 * group.blocks:
         return in_parts
     known = {r: places.split_of_view(plan, r.leaf) for r in group.regions}
@@ -196,7 +196,17 @@ def _way_of_vector(plan: Plan, group: Group, places: Places) -> Whole | Parts | 
         # Compilers find the shortest way of one that is split over all axes of the mesh, or none.
         all_axes = Whole(len(placement.axes_of(places.sharding)))
         way = all_axes if split is None else _kept(group.block[0], split[0], places.sharding)
-    return parts_of(group.block, places.sharding, axes=1) if way is None else way
+    unused = _unused(group, places)
+    return parts_of(group.block, places.sharding, axes=1, unused=unused) if way is None else way
+
+
+def _unused(group: Group, places: Places) -> set[str]:
+    """The axes of the mesh that are known to split none of the leaves."""
+    splits = [places.splits[region.leaf] for region in group.regions]
+    if None in splits:
+        return set()
+    used = {axis for split in splits for axes in split or () for axis in axes}
+    return set(placement.axes_of(places.sharding)) - used
 
 
 def _kept(length: int, split: Split, sharding: NamedSharding) -> Whole | None:

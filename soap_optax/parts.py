@@ -19,9 +19,13 @@ from soap_optax.views import Shape
 
 
 def parts_of(
-    block: Shape, sharding: NamedSharding, counts: Collection[int] = (), axes: int | None = None
+    block: Shape,
+    sharding: NamedSharding,
+    counts: Collection[int] = (),
+    axes: int | None = None,
+    unused: Collection[str] = (),
 ) -> "Parts":
-    """How a block is best taken apart, where it is not known how leaves are split.
+    """How a block is best taken apart.
 
     Args:
       block: the shape of a block, whose size the shards divide.
@@ -29,10 +33,12 @@ def parts_of(
       counts: how many blocks there are along the axes of leaves that are cut.
       axes: how many axes of the block, from the first one on, may come first in its numbers; all
         of them if None.
+      unused: axes of the mesh that are known to split no leaf. They come last in the order of the
+        devices and so first in time, where they take parts away and bring nothing.
     """
     lengths = dict(zip(placement.axes_of(sharding), placement.parts_of(sharding), strict=True))
     mesh, names = placement.refine(sharding, counts)
-    finer = {axis: names[axis] for axis in lengths}
+    finer = {axis: names[axis] for axis in sorted(lengths, key=lambda axis: axis in unused)}
     shorter = {name: mesh.shape[name] for name in itertools.chain(*finer.values())}
     first, before = _divided_before(block[:axes], shorter, [*finer.values()])
     order = (*before, *(name for name in shorter if name not in before))

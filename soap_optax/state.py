@@ -11,7 +11,7 @@ Symbols used in every module:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,12 @@ def initial_state(plan: Plan, storage: Storage) -> ScaleBySoapState:
         ravelled={name: _empty_vector(group, storage) for name, group in plan.ravelled.items()},
     )
     return _unknown_to_the_compiler(state)
+
+
+def opaque_state() -> ScaleBySoapState:
+    """A state of which no leaf mirrors a parameter, whatever the parameters: blocks are opaque."""
+    leaf: Any = jnp.zeros((), jnp.int32)
+    return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, ravelled=leaf)
 
 
 def _unknown_to_the_compiler(state: ScaleBySoapState) -> ScaleBySoapState:

@@ -32,7 +32,7 @@ from soap_optax.places import Places, places_of
 from soap_optax.refreshes import Method
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.shardings import place_state
-from soap_optax.state import ScaleBySoapState, Storage, initial_state
+from soap_optax.state import ScaleBySoapState, Storage, initial_state, opaque_state
 
 
 def scale_by_soap(
@@ -230,7 +230,7 @@ def scale_by_soap(
         return RefreshTiming(frequency, refresh_order, stagger), RefreshRule(tolerance, refresh)
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
-        if stands_for_any_params(params):
+        if trees.stands_for_any_params(params):
             return opaque_state()
         plan = trees.plan_of(params, cut, dimension_numbers, multiple)
         places_of(params, param_shardings, stack_sharding)  # For what it refuses.
@@ -298,17 +298,3 @@ def scale_by_soap(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def stands_for_any_params(params: Any) -> bool:
-    """Whether `optax.tree_map_params` asks which leaves of the state mirror the parameters.
-
-    It calls `init` with a private node that has no leaves and stands for any tree of parameters.
-    """
-    return type(params).__name__ == "_ParamsPlaceholder"
-
-
-def opaque_state() -> ScaleBySoapState:
-    """A state of which no leaf mirrors a parameter, whatever the parameters: blocks are opaque."""
-    leaf: Any = jnp.zeros((), jnp.int32)
-    return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, ravelled=leaf)

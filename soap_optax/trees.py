@@ -28,6 +28,14 @@ def plan_of(
 _cached_plan = lru_cache(maxsize=64)(planning.make_plan)
 
 
+def stands_for_any_params(params: Any) -> bool:
+    """Whether `optax.tree_map_params` asks which leaves of the state mirror the parameters.
+
+    It calls `init` with a private node that has no leaves and stands for any tree of parameters.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def check_leaves(paths: Sequence[Any], dtypes: Sequence[DTypeLike]) -> None:
     """Raises where a leaf is not real floating point."""
     for path, dtype in zip(paths, dtypes, strict=True):

@@ -86,7 +86,8 @@ def equals_one_device(mesh_kind: Any, known: bool, **options: Any) -> None:
     )
     alone = soap_optax.scale_by_soap(**options)
     first = {name: jax.device_put(draw(0)[name], shardings[name]) for name in LEAVES}
-    state, wanted_state = divided.init(first), alone.init(draw(0))
+    state: Any = divided.init(first)
+    wanted_state: Any = alone.init(draw(0))
     places = jax.tree.map(lambda leaf: leaf.sharding, (first, state))
     update = jax.jit(divided.update, out_shardings=places)
     update_alone = jax.jit(alone.update)

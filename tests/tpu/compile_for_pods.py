@@ -5,8 +5,9 @@
 
 Layers are split over all chips of a pod, or over groups of them with all layers in each group. For
 each pod, model, split and optimizer a row says how long the step took to compile, what every chip
-holds (parameters, state of the optimizer, temporaries), and what the optimizer exchanges: the
-collectives of an update compiled by itself, and the bytes that each chip receives in them.
+holds (parameters, state of the optimizer, temporaries), the collectives of the step and the bytes
+that each chip receives in them, those in a loop over layers counted once; and the same of an update
+compiled by itself, which is what the optimizer exchanges.
 """
 
 from __future__ import annotations
@@ -153,20 +154,19 @@ def matrices_of_layers(params: Any) -> Any:
     return jax.tree.map(lambda leaf: numbers if len(leaf.shape) == 3 else None, params)
 
 
-def optimizers(model: Model, sharding: NamedSharding) -> dict[str, Any]:
-    """AdamW, and SOAP for the layers' matrices with AdamW for the rest."""
-    adamw = optax.adamw(3e-3)
-    soap = soap_optax.soap(
-        3e-3,
-        block_size=model.block_size,
-        dimension_numbers=matrices_of_layers,
-        stack_sharding=sharding,
-    )
-    partition = optax.partition({"soap": soap, "adamw": adamw}, soap_optax.default_labels)
-    return {
-        name: optax.chain(optax.clip_by_global_norm(1.0), optimizer)
-        for name, optimizer in (("AdamW", adamw), ("SOAP", partition))
-    }
+def make_optimizer(label: str, model: Model, sharding: NamedSharding, of_params: Any) -> Any:
+    """AdamW, or SOAP for the layers' matrices with AdamW for the rest."""
+    optimizer = adamw = optax.adamw(3e-3)
+    if label != "AdamW":
+        soap = soap_optax.soap(
+            3e-3,
+            block_size=model.block_size,
+            dimension_numbers=matrices_of_layers,
+            stack_sharding=sharding,
+            param_shardings=of_params if label == "SOAP" else None,
+        )
+        optimizer = optax.partition({"soap": soap, "adamw": adamw}, soap_optax.default_labels)
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
 # Programs -----------------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ class Row:
 def compile_step(pod: str, name: str, split: str, label: str, mesh: Mesh) -> Row:
     """Compiles a training step, and the update in it by itself."""
     model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
-    optimizer = optimizers(model, stack_sharding)[label]
     params = shapes_of(model)
     specs = specs_of(model, params, split, mesh.size)
     of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    optimizer = make_optimizer(label, model, stack_sharding, of_params)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
@@ -302,6 +302,7 @@ def local_bytes(tree: Any, shardings: Any) -> int:
 AXES = ("data", "fsdp")
 SPLITS = ("all", "groups")
 OPTIMIZERS = ("AdamW", "SOAP")
+UNSAID = "SOAP without param_shardings"
 
 
 def mesh_of(pod: str, split: str) -> Mesh:
@@ -315,14 +316,18 @@ def mesh_of(pod: str, split: str) -> Mesh:
 
 
 def cells_of(row: Row) -> Iterable[str]:
-    exchanged = ", ".join(f"{count} {kind}" for kind, count in row.update.collectives.items())
     yield from (row.pod, row.model, str(row.split_over), row.optimizer)
     yield f"{row.step.seconds:.0f}"
     yield from (megabytes(row.parameters), megabytes(row.state), megabytes(row.even_share))
-    yield from (megabytes(row.step.temporaries), f"{row.update.seconds:.0f}")
-    yield megabytes(row.update.temporaries)
+    yield from (megabytes(row.step.temporaries), *exchanged(row.step))
+    yield from (f"{row.update.seconds:.0f}", megabytes(row.update.temporaries))
     yield megabytes(row.largest_stack) if row.largest_stack else "-"
-    yield from (exchanged, megabytes(row.update.received), str(row.update.inside))
+    yield from (*exchanged(row.update), str(row.step.inside + row.update.inside))
+
+
+def exchanged(program: Compiled) -> Iterable[str]:
+    yield ", ".join(f"{count} {kind}" for kind, count in program.collectives.items())
+    yield megabytes(program.received)
 
 
 def megabytes(count: float) -> str:
@@ -339,6 +344,8 @@ HEADER = (
     "state MB",
     "even share MB",
     "temporaries MB",
+    "collectives",
+    "received MB",
     "update alone: compile s",
     "temporaries MB",
     "largest stack MB",
@@ -355,7 +362,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pods", nargs="+", default=["v5e:16x16", "v5p:8x8x8"])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=(*OPTIMIZERS, UNSAID), default=OPTIMIZERS
+    )
     arguments = parser.parse_args()
     print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
