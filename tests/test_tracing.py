@@ -182,8 +182,12 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
 def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
     shape: tuple[int, int], options: Any
 ) -> None:
-    """It is zero. XLA for CPUs made sums over it NaN, where it knew the state to be zero."""
+    """It is zero. XLA for CPUs made sums over it NaN, where it knew the state to be zero.
+
+    Not on every CPU, so that the program has to show too that it does not know.
+    """
     optimizer = soap_optax.scale_by_soap(**options)
+    assert "optimization_barrier" in jax.jit(optimizer.init).lower(jnp.ones(shape)).as_text()
 
     @jax.jit
     def first_step(grad: jax.Array) -> Any:
