@@ -193,15 +193,15 @@ def parse_arguments(
 
 def mesh_sizes(text: str) -> Sizes:
     """Reads the axes of a mesh."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in AXES:
+        if axis not in AXES or axis in sizes:
             raise argparse.ArgumentTypeError(
-                f"must name axes among {', '.join(AXES)}, as data=2,fsdp=4, got {text!r}"
+                f"must name axes among {', '.join(AXES)}, each once, as data=2,fsdp=4, got {text!r}"
             )
         sizes[axis] = whole_number(size)
-    return Sizes(**sizes)
+    return Sizes(**dict.fromkeys(AXES, 1) | sizes)
 
 
 def check_devices(parser: argparse.ArgumentParser, settings: Settings) -> None:

@@ -48,7 +48,6 @@ from byte_gpt import (
 )
 from flags import OneLineParser, Settings, parse_arguments
 from flax import nnx
-from jax.sharding import NamedSharding
 from meshes import Placement, Processes, join, make_mesh, simulate_devices
 from reports import (
     Row,
@@ -90,7 +89,7 @@ class Optimizer(NamedTuple):
 
     label: str
     learning_rate: float  # by default
-    make: Callable[[optax.Schedule, Settings, NamedSharding], optax.GradientTransformation]
+    make: Callable[[optax.Schedule, Settings, Placement], optax.GradientTransformation]
     diagnose: Callable[[optax.OptState], dict[str, jax.Array]] = nothing
 
 
@@ -106,13 +105,14 @@ OPTIMIZERS = {
     "soap": Optimizer(
         "SOAP",
         3e-2,
-        lambda rate, settings, stack_sharding: soap(
+        lambda rate, settings, placement: soap(
             rate,
             weight_decay=WEIGHT_DECAY,
             precondition_frequency=settings.precondition_frequency,
             max_precond_dim=settings.max_precond_dim,
-            stack_sharding=stack_sharding,
+            stack_sharding=placement.stacks,
             stack_multiple=settings.stack_multiple,
+            param_shardings=placement.of_params,
         ),
         diagnostics,
     ),
@@ -130,13 +130,13 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    name: str, learning_rate: float, settings: Settings, stack_sharding: NamedSharding
+    name: str, learning_rate: float, settings: Settings, placement: Placement
 ) -> optax.GradientTransformation:
     """Returns clipping, then the optimizer with a rate of `warmed_up`."""
     schedule = warmed_up(learning_rate, settings.steps)
     return optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
-        OPTIMIZERS[name].make(schedule, settings, stack_sharding),
+        OPTIMIZERS[name].make(schedule, settings, placement),
     )
 
 
@@ -179,7 +179,7 @@ def train(
     """
     params, loss = make_model(settings.size, settings.seed)
     params = placement.put(params, placement.of_params(params))
-    optimizer = make_optimizer(run.optimizer, run.learning_rate, settings, placement.stacks)
+    optimizer = make_optimizer(run.optimizer, run.learning_rate, settings, placement)
     of_state = placement.of_state(jax.eval_shape(optimizer.init, params), params)
     state = jax.jit(optimizer.init, out_shardings=of_state)(params)
     run.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -305,6 +305,7 @@ JOB = ["--coordinator", "localhost:1", "--processes", "2"]
         (["--out", "{tmp}/short.txt"], ["--out", "cannot write to", "short.txt"]),
         (["--out", "{tmp}/short.txt/below"], ["--out", "cannot write to", "below"]),
         (["--mesh", "tensor=2"], ["--mesh", "data, fsdp", "'tensor=2'"]),
+        (["--mesh", "data=2,data=4"], ["--mesh", "each once", "'data=2,data=4'"]),
         (["--mesh", "data=0"], ["--mesh", "from 1", "'0'"]),
         (["--mesh", "data=3"], ["--batch-size", "multiple of the 3 devices", "got 4"]),
         (["--mesh", "fsdp=2", "--stack-multiple", "3"], ["--stack-multiple", "2 devices", "got 3"]),

@@ -100,7 +100,7 @@ def equals_one_device(mesh_kind: Any, known: bool, **options: Any) -> None:
         updates, state = update(lying, state)
         wanted, wanted_state = update_alone(grads, wanted_state)
         assert_close(updates, wanted)
-    assert update._cache_size() == 1
+    assert update._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
     for stack, wanted in zip(state.stacks.values(), wanted_state.stacks.values(), strict=True):
         found_of = places_of_blocks(int(wanted.age.size) - padding_of(wanted), stack.age.size)
         alone_of = places_of_blocks(len(found_of), wanted.age.size)
