@@ -180,20 +180,32 @@ def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
 
 def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
     """The factors and bases of the first blocks, `(sample, d, d)`."""
-    blocks = stack.age.size
-    stacked = [array.reshape(blocks, *array.shape[-2:]) for array in pair]
-    return stacked if sample is None else [_first(array, min(sample, blocks)) for array in stacked]
+    places = stack.age.size
+    stacked = [array.reshape(places, *array.shape[-2:]) for array in pair]
+    if sample is None or sample >= places:
+        return stacked
+    gradients = stack.accepted_gradients + stack.refused_gradients
+    # Padding never had a gradient, and comes last in this order.
+    order = jnp.argsort(_unsharded(gradients.ravel()) == 0)
+    return [_taken(array, order[:sample]) for array in stacked]
 
 
-def _first(array: Array, count: int) -> Array:
-    """The first blocks of a stack, on every device."""
+def _unsharded(array: Array) -> Array:
+    """The array, whole on every device of an explicit mesh."""
+    sharding = jax.typeof(array).sharding
+    if not any(sharding.spec):
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=jax.P()))
+
+
+def _taken(array: Array, places: Array) -> Array:
+    """Some blocks of a stack, on every device."""
     sharding = jax.typeof(array).sharding
     if sharding.spec[0] is None:
-        return array[:count]
-    # Where an explicit mesh shards the stack, JAX refuses to slice and has to be told the result's
-    # sharding; a slice has no place to say it.
+        return array[places]
+    # Where an explicit mesh shards the stack, JAX has to be told the result's sharding.
     unsharded = sharding.update(spec=jax.P(None, *sharding.spec[1:]))
-    return array.at[jnp.arange(count)].get(out_sharding=unsharded)
+    return array.at[places].get(out_sharding=unsharded)
 
 
 def _rms_of_vectors(vectors: Sequence[RavelledState]) -> Array:

@@ -10,6 +10,7 @@ So all blocks are first cut into equal parts, one for each device, those of equa
 and then exchanged like leaves that are split in this way.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,14 +191,21 @@ def _way_of_vector(plan: Plan, group: Group, places: Places) -> Whole | Parts | 
     """
     if places.shards == 1 or group.padding or group.entries != math.prod(group.block):
         return None
-    split = places.split_of_view(plan, group.regions[0].leaf)
-    way = None
-    if group.block[0] % places.shards == 0:
-        # Compilers find the shortest way of one that is split over all axes of the mesh, or none.
-        all_axes = Whole(len(placement.axes_of(places.sharding)))
-        way = all_axes if split is None else _kept(group.block[0], split[0], places.sharding)
     unused = _unused(group, places)
-    return parts_of(group.block, places.sharding, axes=1, unused=unused) if way is None else way
+    in_parts = parts_of(group.block, places.sharding, axes=1, unused=unused)
+    if group.block[0] % places.shards:
+        return in_parts
+    split = places.split_of_view(plan, group.regions[0].leaf)
+    # The compiler finds a short way by itself, but for leaves that are split along other axes, and
+    # over some of the axes of the mesh alone.
+    by_itself = Whole(len(placement.axes_of(places.sharding)))
+    if split is None:
+        return by_itself
+    first, *others = split[-len(group.block) :]
+    if not any(itertools.chain(*others)):
+        return by_itself
+    way = _kept(group.block[0], first, places.sharding)
+    return way or (in_parts if unused else by_itself)
 
 
 def _unused(group: Group, places: Places) -> set[str]:

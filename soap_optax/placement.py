@@ -40,12 +40,15 @@ def with_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_automatic_axes(sharding: NamedSharding) -> NamedSharding:
-    """The same division of a leading axis on a mesh whose axes are all automatic."""
+    """The same division of a leading axis on a mesh whose axes are all automatic.
+
+    Axes of length 1 are left out, as what is known of leaves leaves them out.
+    """
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     axis_types = (AxisType.Auto,) * len(mesh.axis_names)
     automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
-    return NamedSharding(automatic, PartitionSpec(sharding.spec[0]))
+    return over(long_axes_of(sharding), automatic)
 
 
 def divide(array: Array, sharding: NamedSharding | None) -> Array:
@@ -222,6 +225,12 @@ def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
     """The axes of the mesh that divide stacks."""
     axes = sharding.spec[0] or ()
     return axes if isinstance(axes, tuple) else (axes,)
+
+
+def long_axes_of(sharding: NamedSharding) -> tuple[str, ...]:
+    """Those of them that are longer than 1; all, if none is."""
+    axes = axes_of(sharding)
+    return tuple(axis for axis in axes if sharding.mesh.shape[axis] > 1) or axes
 
 
 def parts_of(sharding: NamedSharding) -> list[int]:

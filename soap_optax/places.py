@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from soap_optax import placement
 from soap_optax.planning import Plan
 from soap_optax.prefixes import said_of_leaves
+from soap_optax.views import Shape
 
 # For each axis of a leaf the axes of the mesh that split it, but those of length 1.
 Split = tuple[tuple[str, ...], ...]
@@ -85,10 +86,10 @@ def places_of(
     shardings, splits = [], []
     for known, (path, leaf) in zip(said, jax.tree_util.tree_leaves_with_path(tree), strict=True):
         where = jax.tree_util.keystr(path)
-        known = None if known is None else _on(sharding.mesh, known, jnp.ndim(leaf), where)
+        known = None if known is None else _on(sharding.mesh, known, jnp.shape(leaf), where)
         explicit = jax.typeof(leaf).sharding
+        _check_explicit(explicit.mesh, stack_sharding.mesh, where)
         if explicit.mesh.explicit_axes:
-            _check_explicit(explicit.mesh, stack_sharding.mesh, where)
             known, split = None, _split_of(explicit, jnp.ndim(leaf))
         else:
             split = None if known is None else _split_of(known, jnp.ndim(leaf))
@@ -98,6 +99,12 @@ def places_of(
 
 
 def _check_explicit(mesh: Any, of_stacks: Any, path: str) -> None:
+    """Raises where explicit axes, of leaves or stacks, are not those of the other.
+
+    A leaf that lies on no mesh joins that of the stacks.
+    """
+    if mesh.empty or not (mesh.explicit_axes or of_stacks.explicit_axes):
+        return
     if mesh.shape != of_stacks.shape or set(mesh.explicit_axes) != set(of_stacks.explicit_axes):
         raise ValueError(
             "stack_sharding must be on the mesh of the parameters where its axes are explicit, got "
@@ -105,7 +112,7 @@ def _check_explicit(mesh: Any, of_stacks: Any, path: str) -> None:
         )
 
 
-def _on(mesh: Any, sharding: Any, ndim: int, path: str) -> NamedSharding:
+def _on(mesh: Any, sharding: Any, shape: Shape, path: str) -> NamedSharding:
     """What is said of a leaf, on another mesh of the same devices."""
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
@@ -116,14 +123,20 @@ def _on(mesh: Any, sharding: Any, ndim: int, path: str) -> NamedSharding:
         isinstance(sharding.mesh, Mesh) and (sharding.mesh.devices != mesh.devices).any()
     ):
         raise ValueError(
-            f"param_shardings must be on the mesh of stack_sharding, {mesh}, got {sharding.mesh} "
-            f"at {path}"
+            "param_shardings must be on the mesh of stack_sharding, with its devices in its order, "
+            f"{mesh}, got {sharding.mesh} at {path}"
         )
-    if len(sharding.spec) > ndim or PartitionSpec.UNCONSTRAINED in sharding.spec:
+    if len(sharding.spec) > len(shape) or PartitionSpec.UNCONSTRAINED in sharding.spec:
         raise ValueError(
             "param_shardings must say how a parameter's axes are split, got "
-            f"{sharding.spec} at {path}, which has {ndim} axes"
+            f"{sharding.spec} at {path}, which has {len(shape)} axes"
         )
+    for length, axes in zip(shape, _split_of(sharding, len(shape)), strict=True):
+        if length % math.prod(mesh.shape[axis] for axis in axes):
+            raise ValueError(
+                "param_shardings must divide the axes of a parameter evenly, got "
+                f"{sharding.spec} at {path}, which has the shape {shape}"
+            )
     return NamedSharding(mesh, sharding.spec)
 
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
-from soap_optax import arguments
+from soap_optax import arguments, placement
 from soap_optax.state import RavelledState, ScaleBySoapState
 
 
@@ -81,13 +81,18 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
 
 
 def _as_a_program_spells_it(sharding: NamedSharding, leaf: Any) -> NamedSharding:
-    """The same sharding: on explicit axes with an entry for each dimension, else without Nones.
+    """The same sharding: on explicit axes with an entry for each dimension.
 
-    Another spelling would be another type to `jit`, and a second program.
+    On others without Nones, and without axes of length 1. Another spelling would be another type to
+    `jit`, and a second program.
     """
-    given = sharding.spec
-    missing = leaf.ndim - len(given) if sharding.mesh.explicit_axes else 0
-    return NamedSharding(sharding.mesh, PartitionSpec(*given, *[None] * missing))
+    mesh, given = sharding.mesh, sharding.spec
+    if mesh.explicit_axes:
+        return NamedSharding(mesh, PartitionSpec(*given, *[None] * (leaf.ndim - len(given))))
+    if not given:
+        return sharding
+    [first, *others] = placement.long_axes_of(sharding)
+    return NamedSharding(mesh, PartitionSpec((first, *others) if others else first))
 
 
 def place_state(

@@ -269,13 +269,15 @@ OTHER_AXES = Mesh(MESH.devices, ("x", "y"))
         (
             {"kernel": NamedSharding(OTHER_AXES, PartitionSpec("x"))},
             ValueError,
-            r"on the mesh of stack_sharding, .*'data'.*'x'.* at \['kernel'\]",
+            r"on the mesh of stack_sharding, with its .*'data'.*'x'.* at \['kernel'\]",
         ),
         (
             {"kernel": NamedSharding(MESH, PartitionSpec(None, None, "data"))},
             ValueError,
             r"say how a parameter's axes are split, got .* at \['kernel'\], which has 2 axes",
         ),
+        ({"kernel": None, "other": None}, ValueError, r"got \['other'\], which is none"),
+        ({}, ValueError, r"got nothing for \['kernel'\], which is one"),
         (
             {"kernel": NamedSharding(MESH, PartitionSpec(PartitionSpec.UNCONSTRAINED))},
             ValueError,

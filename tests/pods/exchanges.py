@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
-from sharded_state import AUTO, EXPLICIT, MESHES, all_axes, mesh_of
+from sharded_state import AUTO, EXPLICIT, MESHES, WITH_SHORT_AXES, all_axes, mesh_of
 
 import soap_optax
 
@@ -208,7 +208,7 @@ def without_factors(axes: Sequence[str]) -> list[list[Leaf]]:
     first, last = axes[0], axes[-1]
     specs: list[Spec] = [(axes,), (first,), (last,), (None, last), ()]
     if len(axes) == 2:
-        specs += [(first, last), (last, first)]
+        specs += [(first, last), (last, first), ((last, first),)]
     return [[((1024, 128), spec)] for spec in specs]
 
 
@@ -281,7 +281,7 @@ CHECKS: Mapping[str, Callable[[], None]] = (
         f"{name}_as_the_state_{mesh}_{kind.name.lower()}": functools.partial(
             needs_no_exchange, mesh, kind, leaf, **options
         )
-        for mesh, kind in KINDS
+        for mesh, kind in [*KINDS, *((mesh, AUTO) for mesh in WITH_SHORT_AXES)]
         for name, leaf, options in (
             ("layers", (16, 16, 24), {"dimension_numbers": LAYERS}),
             ("without_factors", (1024, 128), {"max_precond_dim": 32}),

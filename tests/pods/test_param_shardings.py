@@ -61,6 +61,21 @@ def test_it_is_of_all_parameters_where_soap_has_some_of_them() -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(params())
 
 
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_it_may_say_more_than_a_mask_leaves(wrap: str) -> None:
+    """Optax takes whole subtrees out, and says nothing of what was in them."""
+    said = jax.tree.map(lambda _: ROWS, params())
+    soap = soap_optax.soap(0.1, stack_sharding=STACKS, param_shardings=said)
+    optimizer = {
+        "masked": optax.masked(soap, {"layers": False, "bias": True}),
+        "partition": optax.partition(
+            {"soap": soap, "adamw": optax.adamw(0.1)}, {"layers": "adamw", "bias": "soap"}
+        ),
+    }[wrap]
+    updates, _ = jax.jit(optimizer.update)(params(), optimizer.init(params()), params())
+    assert jax.tree.structure(updates) == jax.tree.structure(params())
+
+
 def test_updates_come_back_where_parameters_are_said_to_lie() -> None:
     optimizer = soap_optax.scale_by_soap(stack_sharding=STACKS, param_shardings=ROWS)
     text = jax.jit(optimizer.update).lower(params(), optimizer.init(params())).as_text()
