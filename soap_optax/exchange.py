@@ -225,11 +225,9 @@ def _kept(length: int, split: Split, sharding: NamedSharding) -> Whole | None:
     first, inner = (split[0], split[1:]) if split else ((), ())
     lengths = [sharding.mesh.shape[axis] for axis in first]
     is_kept = placement.axes_of(sharding)[: len(first)] == first
-    return (
-        Whole(len(first))
-        if is_kept and not any(inner) and length % math.prod(lengths) == 0
-        else None
-    )
+    if is_kept and not any(inner) and length % math.prod(lengths) == 0:
+        return Whole(len(first))
+    return None
 
 
 def _on_equal_leaves(

@@ -649,6 +649,7 @@ def test_soap_hands_every_argument_on_to_scale_by_soap(monkeypatch: pytest.Monke
         "dimension_numbers": MuonDimensionNumbers(),
         "stack_sharding": NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data")),
         "stack_multiple": 4,
+        "param_shardings": NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec()),
         "refresh": "eigh",
         "refresh_tolerance": 0.1,
         "refresh_order": "after_gradient",

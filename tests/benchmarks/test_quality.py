@@ -77,7 +77,7 @@ def test_an_optimizer_is_that_of_the_example(name: str) -> None:
     steps, rate = 20, 0.1
     flags: Any = SimpleNamespace(steps=steps, precondition_frequency=10, max_precond_dim=10000)
     flags.stack_multiple = None
-    nowhere: Any = None
+    nowhere: Any = SimpleNamespace(stacks=None, of_params=None)
     theirs = pretrain_lm.make_optimizer(name, rate, flags, nowhere)
     ours = {
         "soap": lambda: training.soap(rate, steps, {}),
