@@ -54,10 +54,10 @@ def parts_of(
 
 @dataclass(frozen=True)
 class Parts:
-    """How a tile is cut into as many parts as there are shards, each of numbers in a row.
+    """How a block is cut into as many parts as there are shards, each of numbers in a row.
 
     Attributes:
-      block: the shape of a tile.
+      block: the shape of a block.
       sharding: divides an axis of parts among all devices.
       finer: the same over a mesh with more and shorter axes, perhaps in another order.
       first: the axis of a tile that is divided before the tile is cut; from the end.

@@ -9,7 +9,7 @@ from jax import Array
 
 from soap_optax import block, exchange, layout, placement
 from soap_optax.block import Hyperparameters
-from soap_optax.exchange import Places
+from soap_optax.places import Places
 from soap_optax.planning import Group, Plan
 from soap_optax.state import RavelledState
 

@@ -140,9 +140,9 @@ def scale_by_soap(
         number of devices that divides it.
       param_shardings: where parameters and gradients lie on the mesh of ``stack_sharding``: a tree
         of `NamedSharding` with the structure of the parameters or a prefix of it, or a function of
-        them that returns one. What is None, and everything if this is None, is for the compiler to
-        find out, which exchanges more where leaves of one kind are split in different ways, or
-        along axes of layers or experts. Explicit axes tell by themselves.
+        them, or of traced gradients, that returns one. What is None, and everything if this is
+        None, is for the compiler to find out, which exchanges more where leaves of one kind are
+        split in different ways, or along axes of layers. Explicit axes tell by themselves.
       refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
         fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of

@@ -40,6 +40,9 @@ LEAVES: dict[str, tuple[int, tuple[int, ...], PartitionSpec]] = {
     "up": (1, (8, 16), PartitionSpec(None, ("x", "y"))),
     "layers": (2, (8, 8, 6), PartitionSpec(("x", "y"))),
     "experts": (1, (4, 8, 4), PartitionSpec("x", None, "y")),
+    # As the state lies, in whole and in part.
+    "stacked": (1, (8, 6, 8), PartitionSpec(("x", "y"))),
+    "stacked in part": (1, (16, 6, 4), PartitionSpec("x")),
     "embedding": (1, (1024, 64), PartitionSpec(("x", "y"))),
     "vector": (2, (8,), PartitionSpec("x")),
     "whole": (1, (6, 6), PartitionSpec()),
@@ -120,13 +123,21 @@ def padding_of(stack: Any) -> int:
     return int(np.sum(np.asarray(stack.accepted_gradients + stack.refused_gradients) == 0))
 
 
-CHECKS: Mapping[str, Callable[[], None]] = {
-    name: functools.partial(equals_one_device, AUTO, known=number % 2 == 0, **options)
-    for number, (name, options) in enumerate(OPTIONS.items())
-} | {
-    f"{name}_explicit": functools.partial(equals_one_device, EXPLICIT, False, **OPTIONS[name])
-    for name in ("default", "dimension_numbers", "tiles_of_layers")
-}
+CUT: list[str] = ["default", "block_size", "dimension_numbers", "tiles_of_layers", "merge_dims"]
+CHECKS: Mapping[str, Callable[[], None]] = (
+    {
+        name: functools.partial(equals_one_device, AUTO, known=True, **options)
+        for name, options in OPTIONS.items()
+    }
+    | {
+        f"{name}_unknown": functools.partial(equals_one_device, AUTO, False, **OPTIONS[name])
+        for name in (*CUT, "stagger", "stack_multiple")
+    }
+    | {
+        f"{name}_explicit": functools.partial(equals_one_device, EXPLICIT, False, **OPTIONS[name])
+        for name in CUT
+    }
+)
 
 
 if __name__ == "__main__":

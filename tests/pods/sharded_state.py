@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -255,11 +256,35 @@ def a_multiple_of_its_own_moves_between_numbers_of_devices() -> None:
 
 @check
 def one_program_serves_twenty_five_steps() -> None:
-    mesh = mesh_of("4x2", AUTO)
-    optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), **OPTIONS)
-    _, state, programs = train(optimizer, place(draw(), mesh), MANY_STEPS)
-    assert int(state[0].count) == MANY_STEPS
-    assert programs == 1
+    for kind in (AUTO, EXPLICIT):
+        mesh = mesh_of("4x2", kind)
+        params = place(draw(), mesh)
+        optimizer = soap_optax.soap(
+            0.1,
+            stack_sharding=all_axes(mesh),
+            param_shardings=jax.tree.map(lambda leaf: leaf.sharding, params),
+            **OPTIONS,
+        )
+        _, state, programs = train(optimizer, params, MANY_STEPS)
+        assert int(state[0].count) == MANY_STEPS
+        assert programs == 1
+
+
+@check
+def what_is_said_of_parameters_has_to_divide_them_and_be_of_these_devices() -> None:
+    mesh = mesh_of("8", AUTO)
+    params = {"kernel": jnp.ones((12, 8))}
+    backwards = Mesh(mesh.devices[::-1], mesh.axis_names)
+    for said, rule in (
+        (
+            NamedSharding(mesh, PartitionSpec("x")),
+            "divide the axes of a parameter evenly, .*kernel",
+        ),
+        (NamedSharding(backwards, PartitionSpec(None, "x")), "its devices in its order, .*kernel"),
+    ):
+        optimizer = soap_optax.soap(0.1, stack_sharding=all_axes(mesh), param_shardings=said)
+        with pytest.raises(ValueError, match=rule):
+            optimizer.init(params)
 
 
 # In a training job --------------------------------------------------------------------------------
