@@ -174,6 +174,7 @@ def make_optimizer(label: str, model: Model, sharding: NamedSharding, of_params:
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) "
     r"(?P<kind>all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
+    r".*channel_id=(?P<channel>\d+)"
 )
 SHAPE = re.compile(r"(pred|s8|u8|bf16|f16|s32|u32|f32|f64)\[([\d,]*)\]")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
@@ -193,24 +194,26 @@ class Compiled:
 def compile_program(lowered: Any, of_optimizer: bool) -> Compiled:
     """Compiles a program and reads what it holds and exchanges.
 
-    A collective of the optimizer's is inside where its name says so, and, since not all have names,
-    in a program of the optimizer alone wherever it is in a branch or a loop.
+    One collective may be written several times, where parts of it run beside other work, with one
+    channel for all. It is inside the optimizer's work where its name says so, and, since not all
+    have names, in a program of the optimizer alone where it has none and is in a branch or a loop.
     """
     started = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     text = compiled.as_text()
-    lines = [line for line in text.splitlines() if COLLECTIVE.search(line)]
-    matches = [match for line in lines if (match := COLLECTIVE.search(line))]
+    found = [match for line in text.splitlines() if (match := COLLECTIVE.search(line))]
+    matches = {(match["kind"], match["channel"]): match for match in found}.values()
     received = sum(
         BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
         for match in matches
         for dtype, dims in SHAPE.findall(match["result"])
     )
+    lines = {match.string for match in matches}
     inside = {line for line in lines if "/refresh/" in line or "/step/" in line}
     if of_optimizer:
         entry = text[text.index("\nENTRY ") :]
-        inside |= {line for line in lines if line not in entry}
+        inside |= {line for line in lines if "op_name=" not in line and line not in entry}
     kinds = Counter(match["kind"] for match in matches)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return Compiled(seconds, temporaries, dict(sorted(kinds.items())), received, len(inside))
