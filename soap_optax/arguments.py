@@ -16,6 +16,8 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from soap_optax.placement import axes_of
+
 _STATIC_HINT = (
     "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
     "shapes or branches and cannot be traced"
@@ -143,19 +145,16 @@ def check_stack_sharding(value: Any, is_optional: bool = True) -> None:
             f"{value.spec}; name all mesh axes to divide by in one entry, as in "
             "PartitionSpec(('data', 'fsdp'))"
         )
-    named = leading[0] if isinstance(leading[0], tuple) else leading[:1]
-    automatic = [axis for axis in named if axis in value.mesh.auto_axes]
+    automatic = [axis for axis in axes_of(value) if axis in value.mesh.auto_axes]
     if value.mesh.explicit_axes and automatic:
         raise ValueError(
-            "stack_sharding must name explicit axes alone where its mesh has any, got "
-            f"{value.spec}, of which {', '.join(map(repr, automatic))} is automatic; make all axes "
-            "of the mesh of one type, or divide by the explicit ones"
+            "stack_sharding must name explicit axes alone where its mesh has any, but of "
+            f"{value.spec}, {automatic[0]!r} is automatic; make all of one type, or name no other"
         )
     if value.memory_kind == "pinned_host":
         raise ValueError(
-            "stack_sharding must be in the memory of the devices, got "
-            f"memory_kind={value.memory_kind!r}; move a state to the host and back between steps, "
-            "with jax.device_put"
+            "stack_sharding must be in the devices' memory, got memory_kind='pinned_host'; move a "
+            "state to the host and back between steps, with jax.device_put"
         )
 
 

@@ -203,10 +203,7 @@ def scale_by_soap(
     arguments.check_flag("fold_factors", fold_factors)
     arguments.check_precision(precision)
 
-    shards, sharding = 1, None
-    if stack_sharding is not None:
-        shards = math.prod(placement.parts_of(stack_sharding))
-        sharding = placement.on_automatic_axes(stack_sharding)
+    shards = 1 if stack_sharding is None else math.prod(placement.parts_of(stack_sharding))
     arguments.check_stack_multiple(stack_multiple, shards)
     arguments.check_param_shardings(param_shardings, stack_sharding)
     cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided)
@@ -248,7 +245,7 @@ def scale_by_soap(
         leaves, treedef = jax.tree.flatten(updates)
         places = places_of(updates, param_shardings, stack_sharding)
         update = partial(update_leaves, plan, places)
-        if sharding is not None:
+        if places is not None:
             update = placement.with_automatic_axes(update)
         hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
         new_leaves, new_state = update((refreshing_at(state.count), hyper), leaves, state)
@@ -262,8 +259,9 @@ def scale_by_soap(
         state: ScaleBySoapState,
     ) -> tuple[list[Array], ScaleBySoapState]:
         refreshing, hyper = numbers
+        sharding = None
         if places is not None:
-            leaves = places.hold(leaves)
+            sharding, leaves = places.sharding, places.hold(leaves)
         starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
         blocks: dict[planning.Region, Array] = {}
         stacks, vectors = {}, {}
