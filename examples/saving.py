@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from reports import Row, Run
 
-from soap_optax.checkpoints import check_checkpoint
+from soap_optax import check_checkpoint
 
 KEPT = 2  # the newest ones
 

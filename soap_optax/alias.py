@@ -1,4 +1,4 @@
-"""The optimizer most users want: `soap`, which only composes `scale_by_soap` with Optax."""
+"""The optimizer `soap`: `scale_by_soap`, weight decay and the learning rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.execution import Order
-from soap_optax.refreshes import Method
+from soap_optax.algorithm import RefreshMethod
 from soap_optax.schedules import Frequency
+from soap_optax.stacks import RefreshOrder
 from soap_optax.transform import scale_by_soap
 
 STATIC_ARGS = (
@@ -38,11 +38,11 @@ STATIC_ARGS = (
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
 
-`scale_by_soap` has no `mask`, the first of them: pass `STATIC_ARGS[1:]` there.
+`scale_by_soap` has no `mask`, the first entry: pass `STATIC_ARGS[1:]` there.
 """
 
 
-def soap(
+def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
@@ -63,9 +63,9 @@ def soap(
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
     param_shardings: Any | Callable[[Any], Any] | None = None,
-    refresh: Method = "qr",
+    refresh: RefreshMethod = "qr",
     refresh_tolerance: ArrayLike | None = None,
-    refresh_order: Order = "before_gradient",
+    refresh_order: RefreshOrder = "before_gradient",
     stagger: bool = False,
     one_sided: bool = False,
     factored: bool = False,
@@ -97,40 +97,16 @@ def soap(
       True
 
     Args:
-      learning_rate: a number or a schedule. 3e-3 is the authors' default, at which their language
-        models train.
-      b1: see `scale_by_soap`.
-      b2: see `scale_by_soap`.
-      eps: see `scale_by_soap`.
-      weight_decay: strength of the decoupled weight decay, a number (or a schedule, where the
-        installed Optax takes one).
-      mask: a tree of booleans with the structure of the parameters or a prefix of it, or a function
-        from parameters to such a tree: what the weight decay is applied to. None means everything.
-      shampoo_beta: see `scale_by_soap`.
-      precondition_frequency: see `scale_by_soap`.
-      max_precond_dim: see `scale_by_soap`.
-      precondition_1d: see `scale_by_soap`.
-      merge_dims: see `scale_by_soap`.
-      normalize_grads: see `scale_by_soap`.
-      correct_bias: see `scale_by_soap`.
-      mu_dtype: see `scale_by_soap`.
-      block_size: see `scale_by_soap`.
-      dimension_numbers: see `scale_by_soap`.
-      stack_sharding: see `scale_by_soap`.
-      stack_multiple: see `scale_by_soap`.
-      param_shardings: see `scale_by_soap`.
-      refresh: see `scale_by_soap`.
-      refresh_tolerance: see `scale_by_soap`.
-      refresh_order: see `scale_by_soap`.
-      stagger: see `scale_by_soap`.
-      one_sided: see `scale_by_soap`.
-      factored: see `scale_by_soap`.
-      preconditioner_dtype: see `scale_by_soap`.
-      fold_factors: see `scale_by_soap`.
-      precision: see `scale_by_soap`.
+      learning_rate: a number or a schedule. 3e-3 is the authors' default for language models.
+      weight_decay: strength of the decoupled weight decay, a number, or a schedule if the installed
+        Optax takes one.
+      mask: the parameters to decay: a tree of booleans with the structure of the parameters or a
+        prefix of it, or a function of the parameters that returns one. None decays all.
+
+    All other arguments are those of `scale_by_soap`.
 
     Returns:
-      The transformation; its `update` needs the parameters, for the weight decay.
+      A transformation. Its `update` needs the parameters, for the weight decay.
 
     Raises:
       TypeError, ValueError: see `scale_by_soap`.
@@ -139,9 +115,7 @@ def soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024
     """
-    arguments.check_learning_rate(learning_rate)
-    arguments.check_weight_decay(weight_decay)
-    arguments.check_mask(mask)
+    arguments.check_alias(learning_rate=learning_rate, weight_decay=weight_decay, mask=mask)
     return optax.chain(
         scale_by_soap(
             b1,

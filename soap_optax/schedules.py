@@ -1,4 +1,4 @@
-"""`precondition_frequency`: the one in force, and a ready schedule for it."""
+"""Schedules of `precondition_frequency`: the frequency in force, and a ready schedule."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,21 +8,21 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from soap_optax import arguments
+from soap_optax import values
 
-# The longest interval there is, and so never: a run of 32 bits of updates is over before it.
+# The longest interval, in effect never: counters of updates have 32 bits.
 LONGEST = np.iinfo(np.int32).max
 
 Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
 
 def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Array]:
-    """A schedule for ``precondition_frequency`` that starts dense and thins out.
+    """A schedule for ``precondition_frequency`` with dense refreshes first and rare ones later.
 
-    Bases turn fastest when training begins and ever more slowly afterwards. The interval from one
-    refresh to the next is 1 for the first ``2 * dense`` updates and grows in proportion to the
-    updates so far, ``count // dense``, up to `most`. Until then, from `dense` on, each doubling of
-    the number of updates takes about as many refreshes.
+    Eigenbases rotate fastest at the start of training. The interval from one refresh to the next is
+    1 for the first ``2 * dense`` updates. It then grows in proportion to the number of updates,
+    ``count // dense``, up to `most`. Before that, each doubling of the number of updates takes
+    about the same number of refreshes.
 
     Example:
       >>> import soap_optax
@@ -32,16 +32,16 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
       >>> optimizer = soap_optax.soap(3e-3, precondition_frequency=frequency)
 
     Args:
-      dense: after how many more updates the interval grows by one, from 1 to 2147483647.
-      most: the longest interval, from 1 to 2147483647.
+      dense: number of updates after which the interval grows by one, from 1 to 2147483647.
+      most: longest interval, from 1 to 2147483647.
 
     Returns:
       A function from the number of updates so far to the interval, an integer scalar.
 
     Raises:
-      TypeError, ValueError: where an argument is not such an integer.
+      TypeError, ValueError: if an argument is not such an integer.
     """
-    check = partial(arguments.check_integer, least=1, hint="", most=LONGEST)
+    check = partial(values.check_integer, least=1, hint="", most=LONGEST)
     check("dense", dense, way_out="1 lengthens the interval in every update")
     check("most", most, way_out="1 refreshes in every step")
 
@@ -52,10 +52,10 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
 
 
 def frequency_at(frequency: Frequency, count: Array) -> Array:
-    """The frequency in force, a whole number from 1 to `LONGEST`, after `count` calls of `update`.
+    """The frequency in force after `count` calls of `update`, an integer from 1 to `LONGEST`.
 
-    What is not whole is cut, what is larger, infinity included, is `LONGEST`, and what is less
-    than 1, or no number at all, is 1.
+    Fractions are truncated. Larger values, infinity included, become `LONGEST`. Values below 1, and
+    NaN, become 1.
     """
     if callable(frequency):
         frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.

@@ -1,38 +1,25 @@
-"""The transformation: `scale_by_soap`."""
+"""The transformation `scale_by_soap`: check, plan, gradients to stacks, updates, and back."""
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import (
-    arguments,
-    exchange,
-    execution,
-    layout,
-    placement,
-    planning,
-    ravelled,
-    trees,
-    views,
-)
-from soap_optax.basis import RefreshRule
-from soap_optax.block import Hyperparameters
-from soap_optax.execution import Order, RefreshTiming
-from soap_optax.places import Places, places_of
-from soap_optax.refreshes import Method
+from soap_optax import arguments, blocks, devices, stacks
+from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
+from soap_optax.blocks import BlockOptions, Region
+from soap_optax.devices import Layout
 from soap_optax.schedules import Frequency, frequency_at
-from soap_optax.shardings import place_state
-from soap_optax.state import ScaleBySoapState, Storage, initial_state, opaque_state
+from soap_optax.stacks import RefreshOrder, RefreshTiming, StepSettings, StorageOptions
+from soap_optax.state import ScaleBySoapState
 
 
 def scale_by_soap(
@@ -53,9 +40,9 @@ def scale_by_soap(
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
     param_shardings: Any | Callable[[Any], Any] | None = None,
-    refresh: Method = "qr",
+    refresh: RefreshMethod = "qr",
     refresh_tolerance: ArrayLike | None = None,
-    refresh_order: Order = "before_gradient",
+    refresh_order: RefreshOrder = "before_gradient",
     stagger: bool = False,
     one_sided: bool = False,
     factored: bool = False,
@@ -80,14 +67,14 @@ def scale_by_soap(
         R_t = \beta R_{t-1} + (1 - \beta) G_t^\top G_t
       \end{align*}
 
-    and every ``precondition_frequency`` updates the bases take one step of orthogonal iteration
-    toward the eigenvectors of :math:`L` and :math:`R`, the moments moving along. An array of more
-    dimensions has a factor for each axis of at most ``max_precond_dim``. Leaves without such an
-    axis, scalars, and vectors unless ``precondition_1d``, get Adam.
+    Every ``precondition_frequency`` updates the bases take one step of orthogonal iteration toward
+    the eigenvectors of :math:`L` and :math:`R`, and the moments are expressed in the new bases. An
+    array of more dimensions has a factor for each axis of at most ``max_precond_dim``. Parameters
+    without such an axis get Adam, and so do scalars, and vectors unless ``precondition_1d``.
 
     The first update is zero: the first gradient only fills the factors, and the bias correction
-    counts from the second. A block whose gradient is not finite gets a zero update and keeps its
-    state; the state counts it.
+    counts from the second. A gradient that is not finite is rejected: its block gets a zero update,
+    keeps its state, and the state counts the rejection.
 
     With default arguments this follows the authors' code to rounding.
 
@@ -111,127 +98,137 @@ def scale_by_soap(
       eps: positive number added to the square root of the second moment, *before* bias correction,
         as in the authors' code; Optax's Adam adds it after.
       shampoo_beta: decay of the Kronecker factors, in [0, 1). None means ``b2``.
-      precondition_frequency: updates from one refresh of the bases to the next, an integer of at
-        least 1, or a schedule that maps the number of calls of ``update`` so far, not counting the
-        first, to one. It may be traced.
-      max_precond_dim: longest axis that gets a factor. A factor of an axis of length `d` takes
-        :math:`2 d^2` numbers of state.
+      precondition_frequency: number of updates from one refresh of the bases to the next, an
+        integer of at least 1. Or a schedule that returns it for the number of calls of ``update``
+        so far, not counting the first. It may be traced.
+      max_precond_dim: longest axis that gets a factor. Factor and basis of an axis of length `d`
+        take :math:`2 d^2` numbers of state.
       precondition_1d: whether vectors get a factor as well.
       merge_dims: whether to merge neighbouring dimensions, from the first on, while their product
         stays within ``max_precond_dim``, as for the kernels of convolutions.
       normalize_grads: whether to divide each update by its root mean square, before the bias
         correction multiplies it.
       correct_bias: whether to apply Adam's bias correction.
-      mu_dtype: dtype in which the first moment is stored, one with at least the range of float32,
-        such as bfloat16; None, or a wider one, means that of the statistics, which is float32, or
-        float64 for leaves in float64.
-      block_size: None to give a leaf one preconditioner, or the largest length of the tiles into
-        which its axes are cut, each with a preconditioner of its own.
-      dimension_numbers: None, or which axes of each leaf form a matrix: a tree with the structure
-        of the parameters or a prefix of it, or a function from parameters to one. Its leaves have a
-        ``reduction_axis`` and an ``output_axis``, each an axis or several, as
-        `optax.contrib.MuonDimensionNumbers`; axes in neither are batch axes, each slice a block of
-        its own. A leaf of None gets no preconditioner.
-      stack_sharding: None, or how the state is divided among the devices of a mesh: every stack
-        along its leading axis, as in ``NamedSharding(mesh, P(("data", "fsdp")))``. Every device
-        then refreshes its own blocks and exchanges only gradients and updates.
-      stack_multiple: what the number of blocks in a stack is padded to a multiple of. None means
-        the number of shards of ``stack_sharding``. State of one multiple can be restored on any
+      mu_dtype: dtype in which the first moment is stored, with at least the range of float32, such
+        as bfloat16. None means the dtype of the statistics: float32, or float64 for float64 leaves.
+        So does a wider dtype.
+      block_size: longest tile into which axes are cut, each tile with its own preconditioner. None
+        cuts no axis.
+      dimension_numbers: the axes of each leaf that form a matrix. A tree with the structure of the
+        parameters or a prefix of it, or a function of the parameters that returns one. Its entries
+        have a ``reduction_axis`` and an ``output_axis``, each one axis or several, as in
+        `optax.contrib.MuonDimensionNumbers`. All other axes are batch axes: each slice is a block
+        with its own preconditioner. A leaf with an entry of None gets no preconditioner.
+      stack_sharding: sharding of the state over a mesh, such as
+        ``NamedSharding(mesh, P(("data", "fsdp")))``: every stack is sharded along axis 0. Each
+        device refreshes its own blocks; only gradients and updates are resharded. None means one
+        device.
+      stack_multiple: number of blocks to a multiple of which stacks are padded. None means the
+        number of shards of ``stack_sharding``. A state with this padding can be restored on any
         number of devices that divides it.
-      param_shardings: where parameters and gradients lie on the mesh of ``stack_sharding``: a tree
-        of `NamedSharding` with the structure of the parameters or a prefix of it, or a function of
-        them, or of traced gradients, that returns one. What is None, and everything if this is
-        None, is for the compiler to find out, which exchanges more where leaves of one kind are
-        split in different ways, or along axes of layers. Explicit axes tell by themselves.
-      refresh: how a basis follows its factor. ``"qr"``, the authors': one step of orthogonal
-        iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, with a QR where that
-        fails. ``"eigh"``: all the way to the eigenvectors. ``"jacobi"``: up to three sweeps of
-        simultaneous Jacobi rotations, out of matrix products alone. ``"partial"``: a quarter of the
+      param_shardings: hints on how parameters and gradients are sharded on the mesh of
+        ``stack_sharding``. A tree of `NamedSharding` with the structure of the parameters or a
+        prefix of it, or a function of the parameters (or of traced gradients) that returns one.
+        Leaves without an entry get no hint: XLA picks the communication, which costs more when
+        equal shapes are sharded differently, or along the axes of layers. Explicit axes need no
+        hint.
+      refresh: how a basis follows its factor. ``"qr"``, the authors' method: one step of orthogonal
+        iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, or a QR if that fails.
+        ``"eigh"``: the factor's eigenvectors. ``"jacobi"``: up to three sweeps of simultaneous
+        Jacobi rotations, from matrix products alone. ``"partial"``: rotates a quarter of the
         columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs,
         ``"eigh"`` on TPUs for axes of up to 256, ``"jacobi"`` elsewhere.
-      refresh_tolerance: None, or the off-diagonal mass (see `diagnostics`) of the factors in their
-        bases up to which a block that is due keeps its bases until it is due again.
-      refresh_order: whether a refresh comes ``"before_gradient"``, from factors that do not hold
-        the step's gradient, as in the authors' code, or ``"after_gradient"``, from factors that do.
-      stagger: whether the blocks take turns, so that each step refreshes as many as another. First
-        bases are still made all at once.
+      refresh_tolerance: off-diagonal mass (see `diagnostics`) up to which a due refresh is skipped:
+        the block keeps its bases until it is due again. None skips no refresh.
+      refresh_order: ``"before_gradient"`` refreshes from factors without the step's gradient, as in
+        the authors' code; ``"after_gradient"`` from factors with it.
+      stagger: whether to spread refreshes over the cycle, so that every step refreshes about the
+        same number of blocks. First bases are still made all at once.
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
-      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16; None, or
-        a wider one, means that of the statistics, in which refreshes are always computed. A factor
-        in bfloat16 follows decays of up to 0.99; beyond, what a gradient adds is rounded away.
+      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16. None
+        means the dtype of the statistics, in which refreshes are always computed. So does a wider
+        dtype. A factor in bfloat16 follows decays of up to 0.99; at larger decays, new gradients
+        are rounded away.
       fold_factors: whether the symmetric factors are stored as one triangle.
-      precision: that of the products which rotate gradients and updates, as of `jax.lax.dot`. None
-        means the default of the platform, or of ``jax.default_matmul_precision``. Factors and
-        refreshes always have the highest.
+      precision: precision of the products that rotate gradients and updates, as in `jax.lax.dot`.
+        None means the default of the platform, or of ``jax.default_matmul_precision``. Factors and
+        refreshes always use the highest precision.
 
     Returns:
       A transformation whose state is a `ScaleBySoapState`.
 
     Raises:
-      TypeError, ValueError: when built, where an argument is out of range; at `init`, where a leaf
-        is not real floating point; at `update`, where the state belongs to other shapes, or a
-        schedule gives an array.
+      TypeError, ValueError: when built, if an argument is out of range; at ``init``, if a leaf is
+        not real floating point; at ``update``, if the state belongs to other shapes, or a schedule
+        returns an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024, Algorithm 3; the authors' code at
       `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
     """
-    arguments.check_decay("b1", b1)
-    arguments.check_decay("b2", b2)
-    arguments.check_eps(eps)
-    if shampoo_beta is not None:
-        arguments.check_decay("shampoo_beta", shampoo_beta)
-    arguments.check_frequency(precondition_frequency)
-    arguments.check_max_precond_dim(max_precond_dim)
-    arguments.check_flag("precondition_1d", precondition_1d)
-    arguments.check_flag("merge_dims", merge_dims)
-    arguments.check_flag("normalize_grads", normalize_grads)
-    arguments.check_flag("correct_bias", correct_bias)
-    arguments.check_dtype("mu_dtype", mu_dtype)
-    arguments.check_block_size(block_size, max_precond_dim)
-    arguments.check_dimension_numbers(dimension_numbers, merge_dims)
-    arguments.check_stack_sharding(stack_sharding)
-    arguments.check_choice("refresh", refresh, get_args(Method))
-    arguments.check_tolerance(refresh_tolerance, refresh)
-    arguments.check_choice("refresh_order", refresh_order, get_args(Order))
-    arguments.check_flag("stagger", stagger)
-    arguments.check_flag("one_sided", one_sided)
-    arguments.check_flag("factored", factored)
-    arguments.check_dtype("preconditioner_dtype", preconditioner_dtype)
-    arguments.check_flag("fold_factors", fold_factors)
-    arguments.check_precision(precision)
+    arguments.check_transform(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        shampoo_beta=shampoo_beta,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        precondition_1d=precondition_1d,
+        merge_dims=merge_dims,
+        normalize_grads=normalize_grads,
+        correct_bias=correct_bias,
+        mu_dtype=mu_dtype,
+        block_size=block_size,
+        dimension_numbers=dimension_numbers,
+        stack_sharding=stack_sharding,
+        stack_multiple=stack_multiple,
+        param_shardings=param_shardings,
+        refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
+        refresh_order=refresh_order,
+        stagger=stagger,
+        one_sided=one_sided,
+        factored=factored,
+        preconditioner_dtype=preconditioner_dtype,
+        fold_factors=fold_factors,
+        precision=precision,
+    )
+    shards = 1 if stack_sharding is None else devices.shard_count(stack_sharding)
+    structure = _Structure(
+        BlockOptions(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided),
+        dimension_numbers,
+        StorageOptions(mu_dtype, preconditioner_dtype, fold_factors, factored),
+        stack_sharding,
+        stack_multiple or shards,
+        param_shardings,
+    )
 
-    shards = 1 if stack_sharding is None else math.prod(placement.parts_of(stack_sharding))
-    arguments.check_stack_multiple(stack_multiple, shards)
-    arguments.check_param_shardings(param_shardings, stack_sharding)
-    cut = views.Cut(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided)
-    storage = Storage(mu_dtype, preconditioner_dtype, fold_factors, factored)
-    multiple = stack_multiple or shards
-
-    def hyper_in(dtype: np.dtype) -> Hyperparameters:
+    def hyper_in(dtype: str) -> Hyperparameters:
+        decay = b2 if shampoo_beta is None else shampoo_beta
         return Hyperparameters(
             b1=jnp.asarray(b1, dtype),
             b2=jnp.asarray(b2, dtype),
-            shampoo_beta=jnp.asarray(b2 if shampoo_beta is None else shampoo_beta, dtype),
+            shampoo_beta=jnp.asarray(decay, dtype),
             eps=jnp.asarray(eps, dtype),
             normalize_grads=normalize_grads,
             correct_bias=correct_bias,
             precision=precision,
         )
 
-    def refreshing_at(count: Array) -> tuple[RefreshTiming, RefreshRule]:
+    def settings_at(count: Array, dtypes: set[str]) -> StepSettings:
+        hyper = {dtype: hyper_in(dtype) for dtype in dtypes}
         frequency = frequency_at(precondition_frequency, count)
         tolerance = None if refresh_tolerance is None else jnp.asarray(refresh_tolerance)
-        return RefreshTiming(frequency, refresh_order, stagger), RefreshRule(tolerance, refresh)
+        timing = RefreshTiming(frequency, refresh_order, stagger)
+        return StepSettings(timing, RefreshRule(tolerance, refresh), hyper)
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
-        if trees.stands_for_any_params(params):
-            return opaque_state()
-        plan = trees.plan_of(params, cut, dimension_numbers, multiple)
-        places_of(params, param_shardings, stack_sharding)  # For what it refuses.
-        return place_state(lambda: initial_state(plan, storage), stack_sharding)
+        if blocks.is_placeholder(params):
+            return stacks.placeholder_state()
+        layout = structure.layout_of(params)
+        return layout.create(lambda: stacks.initial_state(layout.plan, structure.storage))
 
     def update_fn(
         updates: optax.Updates,
@@ -240,59 +237,68 @@ def scale_by_soap(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
-        plan = trees.plan_of(updates, cut, dimension_numbers, multiple)
-        state = trees.checked_state(state, jax.eval_shape(lambda: initial_state(plan, storage)))
+        layout = structure.layout_of(updates)
+        old_state = structure.check_state(state, layout)
+        settings = settings_at(old_state.count, layout.plan.dtypes)
         leaves, treedef = jax.tree.flatten(updates)
-        places = places_of(updates, param_shardings, stack_sharding)
-        update = partial(update_leaves, plan, places)
-        if places is not None:
-            update = placement.with_automatic_axes(update)
-        hyper = {name: hyper_in(np.dtype(name)) for name in plan.dtypes}
-        new_leaves, new_state = update((refreshing_at(state.count), hyper), leaves, state)
+        update_leaves = partial(_update_leaves, layout)
+        new_leaves, new_state = layout.run(update_leaves, settings, leaves, old_state)
         return jax.tree.unflatten(treedef, new_leaves), new_state
 
-    def update_leaves(
-        plan: planning.Plan,
-        places: Places | None,
-        numbers: tuple[tuple[RefreshTiming, RefreshRule], dict[str, Hyperparameters]],
-        leaves: list[ArrayLike],
-        state: ScaleBySoapState,
-    ) -> tuple[list[Array], ScaleBySoapState]:
-        refreshing, hyper = numbers
-        sharding = None
-        if places is not None:
-            sharding, leaves = places.sharding, places.hold(leaves)
-        starts = execution.hide_from_cpu_compiler(layout.starts_of(plan), state.count)
-        blocks: dict[planning.Region, Array] = {}
-        stacks, vectors = {}, {}
-        number = 0
-        for name, group in plan.stacks.items():
-            with jax.named_scope(f"soap/{name}"):
-                grads = exchange.bring_in(leaves, plan, group, places)
-                stack_updates, stacks[name] = execution.update_stack(
-                    grads,
-                    state.stacks[name],
-                    group,
-                    number,
-                    hyper[group.dtype.name],
-                    refreshing,
-                    sharding,
-                )
-                number += group.blocks
-                blocks |= exchange.take_out(stack_updates, plan, group, starts, places)
-        for name, group in plan.ravelled.items():
-            with jax.named_scope("soap/ravelled"):
-                grads = layout.gather(leaves, plan, group)
-                run_updates, vectors[name] = ravelled.update(
-                    grads, state.ravelled[name], plan, group, hyper[group.dtype.name], places
-                )
-                blocks |= layout.split(run_updates, group, starts)
-        new_leaves = layout.scatter(plan, blocks, leaves)
-        return new_leaves if places is None else places.hold(new_leaves), ScaleBySoapState(
-            layout_version=state.layout_version,
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            stacks=stacks,
-            ravelled=vectors,
-        )
-
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """The arguments of `scale_by_soap` that decide the structure of the state."""
+
+    block_options: BlockOptions
+    dimension_numbers: Any
+    storage: StorageOptions
+    stack_sharding: NamedSharding | None
+    stack_multiple: int
+    param_shardings: Any
+
+    def layout_of(self, tree: Any) -> Layout:
+        """The plan of parameters or gradients and their layout on devices, checked."""
+        plan = blocks.plan_of(tree, self.block_options, self.dimension_numbers, self.stack_multiple)
+        return devices.layout_of(tree, plan, self.stack_sharding, self.param_shardings)
+
+    def check_state(self, state: Any, layout: Layout) -> ScaleBySoapState:
+        """Returns the state, or raises if `init` would make another one for this layout."""
+        expected = jax.eval_shape(lambda: stacks.initial_state(layout.plan, self.storage))
+        return blocks.check_state(state, expected)
+
+
+def _update_leaves(
+    layout: Layout, settings: StepSettings, leaves: list[ArrayLike], state: ScaleBySoapState
+) -> tuple[list[Array], ScaleBySoapState]:
+    """Gradients to stacks, an update of every stack and of Adam's leaves, and updates back."""
+    plan, given = layout.plan, leaves
+    leaves = layout.prepare(leaves)
+    starts = stacks.hide_from_cpu_compiler(blocks.slice_starts(plan), state.count)
+    updates: dict[Region, Array] = {}
+    new_stacks, new_adam, number = {}, {}, 0
+    for name, group in plan.stacks.items():
+        with jax.named_scope(f"soap/{name}"):
+            grads = layout.to_stack(leaves, group)
+            stack_updates, new_stacks[name] = stacks.update_stack(
+                grads, state.stacks[name], group, number, settings, layout
+            )
+            updates |= layout.from_stack(stack_updates, group, starts)
+            number += group.blocks
+    for name, group in plan.adam.items():
+        with jax.named_scope("soap/adam"):
+            grads = blocks.gather(leaves, plan, group)
+            hyper = settings.hyper[group.dtype.name]
+            leaf_updates, new_adam[name] = stacks.update_adam(
+                grads, state.adam[name], group, hyper, layout
+            )
+            updates |= blocks.split(leaf_updates, group, starts)
+    new_leaves = layout.finish(blocks.scatter(plan, updates, leaves), given)
+    return new_leaves, ScaleBySoapState(
+        layout_version=state.layout_version,
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        stacks=new_stacks,
+        adam=new_adam,
+    )

@@ -1,16 +1,48 @@
-"""What every test shares: one BLAS thread, one hypothesis profile, float64 on request."""
+"""What every test shares: the option `--long`, eight devices, small caches, one Hypothesis profile."""
 
 import os
 
-# Before NumPy or JAX loads a BLAS: on matrices this small its threads cost more than they bring
-# (a 256x256 QR has taken 500 ms with them and 2 ms without).
+# Set before NumPy or JAX loads a BLAS. On matrices this small, its threads cost more than they save:
+# a 256x256 QR took 500 ms with them and 2 ms without.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import functools
+import gc
+import resource
+import sys
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import hypothesis
 import jax
 import pytest
+
+DEVICES = 8
+
+
+def start_jax() -> None:
+    """Starts JAX with eight simulated CPU devices, which meshes in the tests use.
+
+    A test without a mesh runs on the first device, as it would on a machine with one CPU device.
+    """
+    environment = {
+        # A device that waits in a collective holds a thread of XLA's pool, which has as many threads
+        # as devices by default. JAX 0.8 deadlocked when other work needed one more thread.
+        "NPROC": "32",
+        # Devices give up waiting for each other after 40 seconds. A busy machine can need longer.
+        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=500",
+    }
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    # Run one program at a time. Otherwise the devices that wait for each other in one program can
+    # hold all threads that another program needs.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Processes that tests start do not inherit these variables.
+    with mock.patch.dict(os.environ, environment):
+        assert jax.device_count() == DEVICES
+
+
+start_jax()
 
 hypothesis.settings.register_profile(
     "soap_optax",
@@ -18,14 +50,14 @@ hypothesis.settings.register_profile(
     deadline=None,
     # The same examples on every run and every machine.
     derandomize=True,
-    # A new tree is a new program to compile, a second or more each, so that there are few examples,
-    # and one that fails is reported as it is: to shrink it would mean to compile hundreds.
+    # Each example compiles a new program, which takes a second or more. There are therefore few
+    # examples, and a failing one is reported as it is: shrinking it would compile hundreds.
     max_examples=10,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
     suppress_health_check=[
-        # `x64` holds for the whole test, for every example alike, which is what it is for.
+        # The fixture `x64` is meant to hold for all examples of a test.
         hypothesis.HealthCheck.function_scoped_fixture,
-        # Drawing arguments is quick; what counts as slow here is compiling.
+        # Compiling is slow here, not drawing arguments.
         hypothesis.HealthCheck.too_slow,
     ],
 )
@@ -39,3 +71,72 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+# The option `--long` ------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests marked long")
+
+
+def runs_long_tests(config: pytest.Config) -> bool:
+    """Whether the command line asks for long tests, by `--long` or by `-m` with their name."""
+    return config.getoption("--long") or "long" in config.getoption("-m")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "long tests: " + ("run" if runs_long_tests(config) else "deselected (--long runs them)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if runs_long_tests(config):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_caches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Frees the compiled programs of a test file after its last test."""
+    yield
+    for value in vars(request.module).values():
+        if isinstance(value, functools._lru_cache_wrapper):  # Functions under `functools.cache`.
+            value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
+PEAKS: dict[str, float] = {}  # Peak resident memory in GB, by the name of the process.
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    worker_output = getattr(session.config, "workeroutput", None)
+    if worker_output is not None:  # A worker of pytest-xdist.
+        worker_output["peak_memory"] = peak_memory()
+    else:
+        PEAKS["main"] = peak_memory()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receives what a worker of pytest-xdist measured."""
+    output = getattr(node, "workeroutput", {})
+    if "peak_memory" in output:
+        PEAKS[node.gateway.id] = output["peak_memory"]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    peaks = ", ".join(f"{name} {peak:.2f} GB" for name, peak in sorted(PEAKS.items()))
+    terminalreporter.write_line(f"peak resident memory: {peaks}")

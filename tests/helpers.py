@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import soap_optax
-from soap_optax import folding
+from soap_optax.linalg import triangle
 
 _GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -112,7 +112,7 @@ def put_full_rank_factors(state: Any) -> Any:
 
     def fill(factor: jax.Array, basis: jax.Array) -> jax.Array:
         full = jnp.asarray(full_rank_factor(basis.shape[-1]), factor.dtype)
-        stored = full if factor.shape == basis.shape else folding.fold(full)
+        stored = full if factor.shape == basis.shape else triangle.fold(full)
         return jnp.broadcast_to(stored, factor.shape)
 
     def put(soap_state: soap_optax.ScaleBySoapState) -> soap_optax.ScaleBySoapState:

@@ -510,7 +510,7 @@ def test_empty_tree_has_an_empty_state_and_an_empty_update(
     updates, state = two_steps(empty, runner)
     assert updates == empty
     assert not state.stacks
-    assert not state.ravelled
+    assert not state.adam
     if empty is not None:  # Parameters of None are missing parameters to Optax.
         optimizer = soap()
         updates, _ = runner(lambda: optimizer.update(empty, optimizer.init(empty), empty))
@@ -558,7 +558,7 @@ def test_leaf_without_entries_has_no_state_and_a_zero_size_update(
         str(shape): (shape, jnp.bfloat16) for shape in shapes
     }
     assert not state.stacks
-    assert not state.ravelled
+    assert not state.adam
     if runner is not jax.eval_shape:
         updates, state = two_steps({**empty, "bias": jnp.ones(1)}, runner, **options)
         np.testing.assert_allclose(updates["bias"], 1, atol=1e-5)
@@ -592,13 +592,13 @@ PARAMS = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
 MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another shape": ({**PARAMS, "kernel": jnp.ones((3, 4))}, {}, "stacks['4x3']"),
     "another layer": ({**PARAMS, "other": jnp.ones((4, 3))}, {}, "stacks['4x3']"),
-    "one leaf less": ({"kernel": PARAMS["kernel"]}, {}, "ravelled['float32']"),
-    "longer bias": ({**PARAMS, "bias": jnp.ones(7)}, {}, "ravelled['float32'].mu"),
+    "one leaf less": ({"kernel": PARAMS["kernel"]}, {}, "adam['float32']"),
+    "longer bias": ({**PARAMS, "bias": jnp.ones(7)}, {}, "adam['float32'].mu"),
     "one leaf more": ({**PARAMS, "other": jnp.ones((2, 2))}, {}, "stacks['2x2']"),
     "nothing": ({}, {}, "stacks['4x3']"),
     "another block size": (PARAMS, {"block_size": 2}, "stacks['4x3']"),
     "another longest axis": (PARAMS, {"max_precond_dim": 3}, "stacks['4x3'].factors[0]"),
-    "vectors": (PARAMS, {"precondition_1d": True}, "ravelled['float32']"),
+    "vectors": (PARAMS, {"precondition_1d": True}, "adam['float32']"),
     "merged": (PARAMS, {"merge_dims": True}, "stacks['4x3']"),
     "one side": (PARAMS, {"one_sided": True}, "stacks['4x3'].factors[0]"),
     "marginals": (PARAMS, {"factored": True}, "stacks['4x3'].nu"),

@@ -21,7 +21,7 @@ from flax import nnx
 from train_with_checkpoints import Event, start
 
 import soap_optax
-from soap_optax.checkpoints import check_checkpoint
+from soap_optax import check_checkpoint
 
 FREQUENCY = 4
 
@@ -192,19 +192,19 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "another shape": (
         lambda: training_state({**kernels_and_bias(), "bias": jnp.ones(5)}),
-        "opt_state/0/ravelled/float32/mu as (4,) float32 where (5,) float32 is expected "
+        "opt_state/0/adam/float32/mu as (4,) float32 where (5,) float32 is expected "
         "(and 2 more, the last params/bias as (4,) float32 where (5,) float32 is expected)",
     ),
     "tiles": (
         lambda: training_state(kernels_and_bias(), block_size=3),
         "opt_state/0/stacks/6x4/accepted_gradients as (2,) int32 where nothing is expected "
-        "(and 21 more, the last opt_state/0/stacks/3x2/refused_refreshes as nothing where (8,) "
+        "(and 21 more, the last opt_state/0/stacks/3x2/rejected_refreshes as nothing where (8,) "
         "int32 is expected)",
     ),
     "narrow first moment": (
         lambda: training_state(kernels_and_bias(), mu_dtype=jnp.bfloat16),
         "opt_state/0/stacks/6x4/mu as (2, 6, 4) float32 where (2, 6, 4) bfloat16 is expected "
-        "(and 1 more, the last opt_state/0/ravelled/float32/mu as (4,) float32 where (4,) "
+        "(and 1 more, the last opt_state/0/adam/float32/mu as (4,) float32 where (4,) "
         "bfloat16 is expected)",
     ),
     "narrow preconditioner": (

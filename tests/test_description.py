@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import soap_optax
-from soap_optax.description import Description, describe
+from soap_optax import Description, describe
 
 
 class MatrixOfEachLayer(NamedTuple):

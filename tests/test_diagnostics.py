@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import soap_optax
-from soap_optax.diagnostics import diagnostics
+from soap_optax import diagnostics
 
 Tree = dict[str, jax.Array]
 State = soap_optax.ScaleBySoapState
@@ -113,8 +113,8 @@ def test_every_scalar_is_what_numpy_makes_of_the_state(sample: int | None) -> No
         # A quotient is off by rounding of the largest one, and the smallest is 1/30 of it.
         approximate = pytest.approx(value, rel=100 * ROUNDING, abs=absolute.get(name, 0))
         assert scalars[f"{KIND}/{name}"] == approximate
-    assert scalars["soap/ravelled/direction_rms"] == pytest.approx(
-        numpy_rms(state.ravelled["float32"]), rel=ROUNDING
+    assert scalars["soap/adam/direction_rms"] == pytest.approx(
+        numpy_rms(state.adam["float32"]), rel=ROUNDING
     )
     assert 0.05 < scalars[f"{KIND}/off_diagonal_mass"] < 1  # So that there is something to measure.
 
@@ -141,20 +141,20 @@ def test_counters_are_summed_over_blocks_and_ravelled_leaves() -> None:
     scalars = {key: int(scalar) for key, scalar in read(state).items()}
     assert scalars["soap/refreshes"] == 3 * 2
     assert scalars["soap/age"] == 3
-    assert scalars["soap/refused_gradients"] == scalars["soap/refused_refreshes"] == 0
+    assert scalars["soap/rejected_gradients"] == scalars["soap/rejected_refreshes"] == 0
 
     grads = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     grads |= {name: jnp.full(SHAPES[name], jnp.nan) for name in ("second", "vector")}
     _, state = step(grads, state)
     assert isinstance(state, State)
     scalars = {key: int(scalar) for key, scalar in read(state).items()}
-    assert scalars["soap/refused_gradients"] == 2
+    assert scalars["soap/rejected_gradients"] == 2
     assert scalars["soap/age"] == 4  # The oldest: the second block is still at 3.
 
     stack = state.stacks["7x5"]
-    stack = stack._replace(refused_refreshes=jnp.asarray([1, 0, 2]))
+    stack = stack._replace(rejected_refreshes=jnp.asarray([1, 0, 2]))
     scalars = read(state._replace(stacks={"7x5": stack}))
-    assert int(scalars["soap/refused_refreshes"]) == 3
+    assert int(scalars["soap/rejected_refreshes"]) == 3
 
 
 @pytest.mark.parametrize("sample", [1, None])
@@ -173,7 +173,7 @@ def test_every_value_is_a_scalar_of_float32_or_int32(x64: None) -> None:
     state = soap_optax.scale_by_soap(mu_dtype=jnp.bfloat16).init(params)
     scalars = jax.eval_shape(diagnostics, state)
     assert {"soap/3x2_float64/condition_number", "soap/3x2/condition_number"} <= set(scalars)
-    whole = {"soap/age", "soap/refreshes", "soap/refused_gradients", "soap/refused_refreshes"}
+    whole = {"soap/age", "soap/refreshes", "soap/rejected_gradients", "soap/rejected_refreshes"}
     for key, scalar in scalars.items():
         assert scalar.shape == ()
         assert scalar.dtype == (jnp.int32 if key in whole else jnp.float32), key
@@ -359,15 +359,15 @@ def test_several_soap_states_are_numbered_in_the_order_of_the_tree() -> None:
 
 def test_a_state_of_stacks_or_of_ravelled_leaves_alone_will_do() -> None:
     stacks = jax.eval_shape(diagnostics, OPTIMIZER.init(jnp.ones((3, 2))))
-    assert "soap/ravelled/direction_rms" not in stacks
+    assert "soap/adam/direction_rms" not in stacks
     assert "soap/3x2/direction_rms" in stacks
     ravelled = jax.eval_shape(diagnostics, OPTIMIZER.init(jnp.ones(3)))
     assert sorted(ravelled) == [
         "soap/age",
-        "soap/ravelled/direction_rms",
+        "soap/adam/direction_rms",
         "soap/refreshes",
-        "soap/refused_gradients",
-        "soap/refused_refreshes",
+        "soap/rejected_gradients",
+        "soap/rejected_refreshes",
     ]
 
 
@@ -399,7 +399,7 @@ def test_a_state_made_under_vmap_is_read_block_by_block() -> None:
         worst = max(float(one[key]) for one in separate)
         assert float(together[key]) == pytest.approx(worst, rel=100 * ROUNDING)
     assert int(together["soap/refreshes"]) == 2 * 6
-    for key in ("soap/7x5/direction_rms", "soap/ravelled/direction_rms"):
+    for key in ("soap/7x5/direction_rms", "soap/adam/direction_rms"):
         mean_square = np.mean([float(one[key]) ** 2 for one in separate])
         assert float(together[key]) == pytest.approx(np.sqrt(mean_square), rel=100 * ROUNDING)
 

@@ -132,7 +132,7 @@ def test_tiles_are_cut_within_a_slice_and_a_refused_gradient_holds_one_slice_onl
     assert {kind: stack.mu.shape for kind, stack in state.stacks.items()} == {"4x3": (8, 4, 3)}
     grad = jnp.ones(params.shape).at[1, 0, 0].set(jnp.nan)
     state = optimizer.update(grad, state)[1]
-    refused = state.stacks["4x3"].refused_gradients
+    refused = state.stacks["4x3"].rejected_gradients
     np.testing.assert_array_equal(refused, [0, 0, 0, 0, 1, 0, 0, 0])
 
 

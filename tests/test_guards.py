@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import execution, matrices
+from soap_optax.algorithm import eigenbasis, refresh_methods
+from soap_optax.linalg import decompositions
+from soap_optax.stacks import refresh_gating, update
 
 Tree = dict[str, Any]  # Arrays by name, or trees of them.
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
@@ -74,12 +76,12 @@ def block_of(state: State, leaf: str) -> dict[str, np.ndarray]:
     """Everything that the state holds of one of the leaves of `SHAPES`."""
     if leaf in ("first", "second"):
         return arrays_of_block(state.stacks["6x4"], ["first", "second"].index(leaf))
-    ravelled = state.ravelled["float32"]
+    ravelled = state.adam["float32"]
     position = ["scalar", "vector"].index(leaf)
     entries = slice(0, 1) if leaf == "scalar" else slice(1, 6)
     return {
         "accepted_gradients": np.asarray(ravelled.accepted_gradients[position]),
-        "refused_gradients": np.asarray(ravelled.refused_gradients[position]),
+        "rejected_gradients": np.asarray(ravelled.rejected_gradients[position]),
         "mu": np.asarray(ravelled.mu[entries]),
         "nu": np.asarray(ravelled.nu[entries]),
     }
@@ -121,9 +123,9 @@ def test_gradient_that_is_not_finite_changes_nothing_of_its_block_but_a_counter(
     )
 
     assert_same_bits(updates[leaf], jnp.zeros(SHAPES[leaf]))
-    held = without(block_of(state, leaf), "refused_gradients")
-    assert_same_bits(held, without(block_of(before, leaf), "refused_gradients"))
-    counted = {path: block for path, block in block_of(state, leaf).items() if "refused_g" in path}
+    held = without(block_of(state, leaf), "rejected_gradients")
+    assert_same_bits(held, without(block_of(before, leaf), "rejected_gradients"))
+    counted = {path: block for path, block in block_of(state, leaf).items() if "rejected_g" in path}
     assert list(counted.values()) == [1]
 
     good_updates, good_state = good_run()[call]
@@ -158,11 +160,11 @@ def test_run_with_bad_gradients_ends_bitwise_where_the_run_without_them_ends(
         wanted_updates, wanted_state = next(good)
         assert_same_bits(updates, wanted_updates)
         for leaf in SHAPES:
-            found = without(block_of(state, leaf), "refused_gradients")
-            assert_same_bits(found, without(block_of(wanted_state, leaf), "refused_gradients"))
+            found = without(block_of(state, leaf), "rejected_gradients")
+            assert_same_bits(found, without(block_of(wanted_state, leaf), "rejected_gradients"))
     assert next(good, None) is None  # Every good gradient was seen.
     for leaf in SHAPES:
-        assert [n for path, n in block_of(state, leaf).items() if "refused_g" in path] == [
+        assert [n for path, n in block_of(state, leaf).items() if "rejected_g" in path] == [
             len(bad_calls)
         ]
 
@@ -185,8 +187,8 @@ def test_blocks_that_miss_different_gradients_refresh_each_in_its_own_time() -> 
             taken_in[leaf] += 1
             assert_same_bits(updates[leaf], wanted_updates[leaf])
             assert_same_bits(
-                without(block_of(state, leaf), "refused_gradients"),
-                without(block_of(wanted_state, leaf), "refused_gradients"),
+                without(block_of(state, leaf), "rejected_gradients"),
+                without(block_of(wanted_state, leaf), "rejected_gradients"),
             )
     assert taken_in == {"first": 9, "second": 9, "scalar": 11, "vector": 10}
 
@@ -208,11 +210,11 @@ def test_only_the_tile_that_holds_the_nan_is_held_back() -> None:
         if call in missed:
             assert_same_bits(updates["tiled"][4:], jnp.zeros((4, 4)))
             assert_same_bits(
-                without(arrays_of_block(state.stacks["4x4"], 1), "refused_gradients"),
-                without(arrays_of_block(before.stacks["4x4"], 1), "refused_gradients"),
+                without(arrays_of_block(state.stacks["4x4"], 1), "rejected_gradients"),
+                without(arrays_of_block(before.stacks["4x4"], 1), "rejected_gradients"),
             )
     stack = state.stacks["4x4"]
-    assert stack.refused_gradients.tolist() == [0, len(missed)]
+    assert stack.rejected_gradients.tolist() == [0, len(missed)]
     assert stack.accepted_gradients.tolist() == [len(grads), len(grads) - len(missed)]
     assert_same_bits(arrays_of_block(stack, 0), arrays_of_block(good_state.stacks["4x4"], 0))
 
@@ -224,8 +226,8 @@ def test_only_the_tile_that_holds_the_nan_is_held_back() -> None:
         if call not in missed:
             _, clean_state = step(grad, clean_state, FREQUENCY)
     assert_same_bits(
-        without(arrays_of_block(stack, 1), "refused_gradients"),
-        without(arrays_of_block(clean_state.stacks["4x4"], 1), "refused_gradients"),
+        without(arrays_of_block(stack, 1), "rejected_gradients"),
+        without(arrays_of_block(clean_state.stacks["4x4"], 1), "rejected_gradients"),
     )
 
 
@@ -245,7 +247,7 @@ FAILURES = {
 @functools.cache
 def step_with_failing_refresh() -> Step:
     """A step in which every decomposition returns what it is told to, for one matrix."""
-    sound_qr, sound_eigh = matrices.orthonormal_factor, matrices.descending_eigenvectors
+    sound_qr, sound_eigh = decompositions.orthonormalize, decompositions.descending_eigenvectors
 
     @jax.jit
     def step(grads: Tree, state: State, frequency: int, failure: int) -> Any:
@@ -265,11 +267,13 @@ def step_with_failing_refresh() -> Step:
 
         with pytest.MonkeyPatch.context() as patch:
             # Without its own jit, whose cache would outlive the functions put in below.
-            unjitted = inspect.unwrap(execution.refresh_if_due)
-            patch.setattr(execution, "refresh_if_due", unjitted)
-            patch.setattr(matrices, "orthonormal_factor", lambda matrix: spoil(sound_qr(matrix)))
+            unjitted = inspect.unwrap(refresh_gating.refresh_if_due)
+            patch.setattr(update, "refresh_if_due", unjitted)
             patch.setattr(
-                matrices, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
+                refresh_methods, "orthonormalize", lambda matrix: spoil(sound_qr(matrix))
+            )
+            patch.setattr(
+                eigenbasis, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
             )
             optimizer = soap_optax.scale_by_soap(precondition_frequency=frequency)
             return optimizer.update(grads, state)
@@ -291,7 +295,7 @@ def test_first_basis_that_cannot_be_trusted_is_refused_counted_and_tried_again(
     for call in (1, 2):
         updates, state = step(grads[call], state, FREQUENCY, failure)
         stack = state.stacks["6x4"]
-        assert stack.refused_refreshes.tolist() == [call]
+        assert stack.rejected_refreshes.tolist() == [call]
         assert stack.refreshes.tolist() == [0]
         # Without a basis the block goes on as Adam: the identity is a basis too.
         assert_same_bits(stack.bases, (jnp.eye(6)[None], jnp.eye(4)[None]))
@@ -299,7 +303,7 @@ def test_first_basis_that_cannot_be_trusted_is_refused_counted_and_tried_again(
         assert np.abs(updates["matrix"]).max() > 0.1
     updates, state = step(grads[3], state, FREQUENCY, SOUND)
     stack = state.stacks["6x4"]
-    assert (stack.refreshes.tolist(), stack.refused_refreshes.tolist()) == ([1], [2])
+    assert (stack.refreshes.tolist(), stack.rejected_refreshes.tolist()) == ([1], [2])
     assert np.abs(stack.bases[0][0] - np.eye(6)).max() > 0.1
     assert_all_finite((updates, state))
 
@@ -319,19 +323,19 @@ def test_refresh_that_cannot_be_trusted_is_refused_counted_and_tried_again(failu
     assert_same_bits(updates, plain_updates)
     found, wanted = (arrays_of_block(state.stacks["6x4"], 0) for state in (refused, plain))
     assert_same_bits(
-        without(found, "age", "refused_refreshes"), without(wanted, "age", "refused_refreshes")
+        without(found, "age", "rejected_refreshes"), without(wanted, "age", "rejected_refreshes")
     )
-    assert (found[".refused_refreshes"], found[".refreshes"], found[".age"]) == (1, 1, 1)
+    assert (found[".rejected_refreshes"], found[".refreshes"], found[".age"]) == (1, 1, 1)
 
     # The next try comes when a refresh is next due, and succeeds.
     state = refused
     for grad in grads[5:7]:
         _, state = step(grad, state, FREQUENCY, failure)
     waiting = state.stacks["6x4"]
-    assert waiting.refused_refreshes.tolist() == [1]
+    assert waiting.rejected_refreshes.tolist() == [1]
     updates, state = step(grads[7], state, FREQUENCY, SOUND)
     stack = state.stacks["6x4"]
-    assert (stack.refreshes.tolist(), stack.refused_refreshes.tolist()) == ([2], [1])
+    assert (stack.refreshes.tolist(), stack.rejected_refreshes.tolist()) == ([2], [1])
     assert np.abs(stack.bases[0] - waiting.bases[0]).max() > 1e-3
     assert_all_finite((updates, state))
 
@@ -346,11 +350,11 @@ def test_a_large_block_refuses_what_a_small_one_does(failure: int) -> None:
     ]
     _, state = step(grads[0], init(grads[0]), 1, SOUND)
     _, state = step(grads[1], state, 1, failure)
-    assert state.stacks["256x4"].refused_refreshes.tolist() == [1]
+    assert state.stacks["256x4"].rejected_refreshes.tolist() == [1]
     _, sound = step(grads[2], state, 1, SOUND)
     updates, state = step(grads[3], sound, 1, failure)
     stack = state.stacks["256x4"]
-    assert (stack.refreshes.tolist(), stack.refused_refreshes.tolist()) == ([1], [2])
+    assert (stack.refreshes.tolist(), stack.rejected_refreshes.tolist()) == ([1], [2])
     assert_same_bits(stack.bases, sound.stacks["256x4"].bases)
     assert_all_finite((updates, state))
 
@@ -370,7 +374,7 @@ def test_refresh_from_a_factor_that_is_not_finite_is_refused_and_a_sound_factor_
     grads = good_gradients()
     updates, state = step_of()(grads[call], planted, FREQUENCY)
     found = state.stacks["6x4"]
-    assert found.refused_refreshes.tolist() == [1, 0]
+    assert found.rejected_refreshes.tolist() == [1, 0]
     assert found.refreshes.tolist() == [int(stack.refreshes[0]), int(stack.refreshes[1]) + 1]
     for new, old in zip(found.bases, stack.bases, strict=True):
         assert_same_bits(new[0], old[0])
@@ -391,7 +395,7 @@ def test_refresh_from_a_factor_that_is_not_finite_is_refused_and_a_sound_factor_
     for grad in grads[call + 1 : call + 1 + FREQUENCY]:
         updates, state = step_of()(grad, state, FREQUENCY)
     healed = state.stacks["6x4"]
-    assert healed.refused_refreshes.tolist() == [1, 0]
+    assert healed.rejected_refreshes.tolist() == [1, 0]
     assert healed.refreshes[0] == stack.refreshes[0] + 1
     assert_all_finite((updates, state))
 
@@ -409,7 +413,7 @@ def test_sound_basis_of_a_factor_that_is_not_finite_is_refused(value: float, cal
     planted = state._replace(stacks={"6x4": stack._replace(factors=factors)})
     for factors_of, refused in ((state, 0), (planted, 1)):
         _, after = step(grads[call], factors_of, FREQUENCY, IDENTITY)
-        assert after.stacks["6x4"].refused_refreshes.tolist() == [refused]
+        assert after.stacks["6x4"].rejected_refreshes.tolist() == [refused]
         assert after.stacks["6x4"].refreshes.tolist() == [int(stack.refreshes[0]) + 1 - refused]
 
 
@@ -491,12 +495,12 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
     final = jax.tree.map(lambda leaf: leaf[-1], states)
     stacks = {"small": "8x6", "large": "64x48", "three": "3x4x2"}
     for name, stack in stacks.items():
-        assert final.stacks[stack].refused_gradients.tolist() == [refused[name]]
+        assert final.stacks[stack].rejected_gradients.tolist() == [refused[name]]
         assert final.stacks[stack].accepted_gradients.tolist() == [30 - refused[name]]
         # No decomposition fails, of whatever rank the factors are.
-        assert final.stacks[stack].refused_refreshes.tolist() == [0]
+        assert final.stacks[stack].rejected_refreshes.tolist() == [0]
     wanted = [refused["s"], refused["v"]]
-    assert final.ravelled["float32"].refused_gradients.tolist() == wanted
+    assert final.adam["float32"].rejected_gradients.tolist() == wanted
     if kind == "huge":
         assert refused["large"] == 30  # 3072 entries of 1e18: their squares pass 3.4e38.
         assert refused["small"] == 0
@@ -516,8 +520,8 @@ def test_gradient_is_refused_from_a_quarter_of_the_largest_sum_of_squares_on(sha
     )
     _, state = step_of()(grads, init(grads), FREQUENCY)
     refused = int(share > 0.25)
-    assert state.stacks["6x4"].refused_gradients.tolist() == [refused] * 2
-    assert state.ravelled["float32"].refused_gradients.tolist() == [refused] * 2
+    assert state.stacks["6x4"].rejected_gradients.tolist() == [refused] * 2
+    assert state.adam["float32"].rejected_gradients.tolist() == [refused] * 2
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e-26, 1e-30])
@@ -579,7 +583,7 @@ def test_narrow_leaves_keep_float32_statistics_and_get_updates_in_their_own_dtyp
 
     # One stack and one vector for all three dtypes: statistics do not depend on them.
     ((_, stack),) = state.stacks.items()
-    ((_, ravelled),) = state.ravelled.items()
+    ((_, ravelled),) = state.adam.items()
     assert (len(stack.accepted_gradients), len(ravelled.accepted_gradients)) == (3, 3)
     statistics = (stack.factors, stack.bases, stack.mu, stack.nu, ravelled.mu, ravelled.nu)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(statistics)} == {"float32"}
@@ -596,8 +600,8 @@ def test_narrow_first_moment_costs_its_own_rounding_and_no_more() -> None:
         # Nothing else depends on the first moment; two programs may round the same sums by one or
         # two units in the last place, 1.2e-7.
         found, wanted = state.stacks["6x4"], wide.stacks["6x4"]
-        assert found.mu.dtype == state.ravelled["float32"].mu.dtype == jnp.bfloat16
-        assert found.nu.dtype == state.ravelled["float32"].nu.dtype == jnp.float32
+        assert found.mu.dtype == state.adam["float32"].mu.dtype == jnp.bfloat16
+        assert found.nu.dtype == state.adam["float32"].nu.dtype == jnp.float32
         np.testing.assert_allclose(found.nu, wanted.nu, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(found.bases[0], wanted.bases[0], rtol=0, atol=1e-5)
 
@@ -612,8 +616,8 @@ def test_refused_gradient_leaves_a_narrow_first_moment_bitwise_as_it_was(call: i
     updates, held = step(bad, state, FREQUENCY)
     assert_same_bits(updates, jax.tree.map(jnp.zeros_like, bad))
     for leaf in SHAPES:
-        found = without(block_of(held, leaf), "refused_gradients")
-        assert_same_bits(found, without(block_of(state, leaf), "refused_gradients"))
+        found = without(block_of(held, leaf), "rejected_gradients")
+        assert_same_bits(found, without(block_of(state, leaf), "rejected_gradients"))
 
 
 def test_half_precision_overflow_is_refused_as_the_infinity_that_it_is() -> None:
@@ -623,7 +627,7 @@ def test_half_precision_overflow_is_refused_as_the_infinity_that_it_is() -> None
     updates, state = step_of()(scaled, state, FREQUENCY)
     ((_, stack),) = state.stacks.items()
     order = sorted(DTYPES)  # A dictionary's leaves are flattened by key.
-    refused = dict(zip(order, stack.refused_gradients.tolist(), strict=True))
+    refused = dict(zip(order, stack.rejected_gradients.tolist(), strict=True))
     assert refused == {"bfloat16": 0, "float16": 1, "float32": 0}
     assert_same_bits(updates["float16"], jax.tree.map(jnp.zeros_like, trees[0]["float16"]))
     assert_all_finite((updates, state))
@@ -640,5 +644,5 @@ def test_what_overflows_only_in_narrow_storage_is_refused_too(narrow: Any) -> No
         grad = {"matrix": size * grads[1], "vector": size * grads[1][0]}
         updates, state = optimizer.update(grad, state)
         assert_all_finite((updates, state))
-    (stack,), (vector,) = state.stacks.values(), state.ravelled.values()
-    assert stack.refused_gradients.tolist() == vector.refused_gradients.tolist() == [1]
+    (stack,), (vector,) = state.stacks.values(), state.adam.values()
+    assert stack.rejected_gradients.tolist() == vector.rejected_gradients.tolist() == [1]

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soap_optax import householder, matrices
+from soap_optax.linalg import decompositions, householder, orthonormality
 
 LENGTHS = [1, 2, 5, 6, 7, 13, 36, 40]
 
 # Entries of orthonormal matrices after some hundred operations in float64.
 ROUNDING = 1e-13
 
-orthonormal_factor = jax.jit(householder.orthonormal_factor)
+orthonormal_factor = jax.jit(householder.q_from_panels)
 
 
 def random_matrix(*shape: int, seed: int = 0) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_what_is_not_finite_gives_no_orthonormal_factor(spoiled: float) -> None:
     for place in [(0, 0), (39, 0), (39, 38), (20, 3), (3, 20)]:
         matrix = random_matrix(40, 40).astype(np.float32)
         matrix[place] = spoiled
-        assert not matrices.is_orthonormal(orthonormal_factor(jnp.asarray(matrix)))
+        assert not orthonormality.is_orthonormal(orthonormal_factor(jnp.asarray(matrix)))
 
 
 # Where it is used.
@@ -72,12 +72,12 @@ def test_what_is_not_finite_gives_no_orthonormal_factor(spoiled: float) -> None:
 
 def program_of(length: int, platform: str) -> str:
     matrix = jax.ShapeDtypeStruct((length, length), jnp.float32)
-    factor = jax.jit(matrices.orthonormal_factor)
+    factor = jax.jit(decompositions.orthonormalize)
     return jax.export.export(factor, platforms=[platform])(matrix).mlir_module()
 
 
 def test_long_matrices_are_decomposed_by_panels_on_cpus_and_only_there() -> None:
-    long = matrices.BLOCKED_FROM
+    long = decompositions.BLOCKED_FROM
     panels = re.findall(
         r"custom_call @lapack_sgeqrf_ffi.*-> \(tensor<(\d+)x(\d+)", program_of(long, "cpu")
     )
@@ -91,17 +91,17 @@ def test_long_matrices_are_decomposed_by_panels_on_cpus_and_only_there() -> None
 
 def test_a_batch_is_decomposed_one_matrix_after_another() -> None:
     batch = jnp.asarray(random_matrix(2, 512, 512), jnp.float32)
-    together = jax.jit(jax.vmap(matrices.orthonormal_factor))(batch)
+    together = jax.jit(jax.vmap(decompositions.orthonormalize))(batch)
     for matrix, found in zip(batch, together, strict=True):
-        np.testing.assert_array_equal(found, jax.jit(matrices.orthonormal_factor)(matrix))
-    jaxpr = str(jax.make_jaxpr(jax.vmap(matrices.orthonormal_factor))(batch))
+        np.testing.assert_array_equal(found, jax.jit(decompositions.orthonormalize)(matrix))
+    jaxpr = str(jax.make_jaxpr(jax.vmap(decompositions.orthonormalize))(batch))
     assert re.search(r"f32\[512,86\].* = geqrf", jaxpr)
     assert "f32[2,512,86]" not in jaxpr
 
 
 def test_derivatives_take_it_as_a_constant() -> None:
     matrix = jnp.asarray(random_matrix(512, 512), jnp.float32)
-    factor = jax.jit(matrices.orthonormal_factor)
+    factor = jax.jit(decompositions.orthonormalize)
     _, tangent = jax.jvp(factor, (matrix,), (matrix,))
     assert not tangent.any()
     assert not jax.grad(lambda matrix: jnp.sum(factor(matrix) * matrix[0, 0]))(matrix)[1:].any()

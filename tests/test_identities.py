@@ -19,7 +19,9 @@ from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 import soap_optax
-from soap_optax import alias, block, execution, planning, ravelled, views
+from soap_optax import alias, stacks
+from soap_optax.algorithm import step
+from soap_optax.blocks import plan, views
 
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
 Step = Callable[..., tuple[jax.Array, State]]
@@ -118,9 +120,9 @@ def test_rotating_there_and_back_is_the_identity(
         jnp.asarray(np.linalg.qr(rng.normal(size=(shape[axis],) * 2))[0], jnp.float32)
         for axis in axes
     ]
-    rotated = block.rotate(x, bases, axes)
+    rotated = step.rotate(x, bases, axes)
     # Eight products of at most five terms of size 1, each rounded by 6e-8.
-    np.testing.assert_allclose(block.rotate_back(rotated, bases, axes), x, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(step.rotate_back(rotated, bases, axes), x, rtol=0, atol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(rotated), jnp.linalg.norm(x), rtol=1e-5)
     for axis in range(len(shape)):
         if axes == [axis]:
@@ -195,7 +197,7 @@ def test_refresh_moves_the_second_moment_with_its_columns_and_the_first_as_a_vec
     for q in bases:
         np.testing.assert_allclose(np.abs(q), np.eye(len(q))[::-1], rtol=0, atol=1e-6)
     np.testing.assert_allclose(
-        block.rotate_back(stack.mu[0], bases, (0, 1)), B1 * mu[0], rtol=0, atol=1e-5
+        step.rotate_back(stack.mu[0], bases, (0, 1)), B1 * mu[0], rtol=0, atol=1e-5
     )
 
 
@@ -305,8 +307,8 @@ def test_large_leaves_without_a_preconditioner_have_vectors_of_their_own_and_are
     optimizer = soap_optax.scale_by_soap(max_precond_dim=200)
     updates: Any = None
     state: Any = optimizer.init(grads[0])
-    assert sorted(state.ravelled) == ["256x257", "300x300", "300x300_2", "float32"]
-    assert state.ravelled["300x300_2"].mu.shape == (300 * 300,)
+    assert sorted(state.adam) == ["256x257", "300x300", "300x300_2", "float32"]
+    assert state.adam["300x300_2"].mu.shape == (300 * 300,)
     for grad in grads:
         updates, state = optimizer.update(grad, state)
     for name in shapes:
@@ -316,7 +318,7 @@ def test_large_leaves_without_a_preconditioner_have_vectors_of_their_own_and_are
         nu = B2 * (1 - B2) * first**2 + (1 - B2) * second**2
         wanted = mu / (np.sqrt(nu) + EPS) * math.sqrt(1 - B2**2) / (1 - B1**2)
         np.testing.assert_allclose(updates[name], wanted, rtol=1e-5, atol=1e-6)
-    assert float(state.ravelled["256x257"].nu[5]) == pytest.approx(
+    assert float(state.adam["256x257"].nu[5]) == pytest.approx(
         float((B2 * (1 - B2) * grads[1]["d"] ** 2 + (1 - B2) * grads[2]["d"] ** 2).ravel()[5])
     )
 
@@ -328,9 +330,9 @@ def test_first_applied_update_has_full_size() -> None:
     bases = [q[0] for q in state.stacks[NAME].bases]
     # On its first gradient Adam goes one unit along every coordinate, in the eigenbasis here. A
     # coordinate below 1e-4 would show eps; no coordinate of these gradients is.
-    assert np.abs(block.rotate(jnp.asarray(grads[1]), bases, (0, 1))).min() > 1e-4
-    rotated_update = block.rotate(jnp.asarray(update), bases, (0, 1))
-    signs = np.sign(block.rotate(jnp.asarray(grads[1]), bases, (0, 1)))
+    assert np.abs(step.rotate(jnp.asarray(grads[1]), bases, (0, 1))).min() > 1e-4
+    rotated_update = step.rotate(jnp.asarray(update), bases, (0, 1))
+    signs = np.sign(step.rotate(jnp.asarray(grads[1]), bases, (0, 1)))
     # eps is 1e-8 against a root of sqrt(0.05) * 1e-4 at least.
     np.testing.assert_allclose(rotated_update, signs, rtol=0, atol=1e-3)
 
@@ -349,7 +351,7 @@ def test_both_moments_and_the_factors_move_in_every_step_and_bases_only_when_due
         moved = np.abs(after.bases[0] - before.bases[0]).max()
         assert (moved > 1e-4) == due
         if call and not due:
-            rotated = block.rotate(jnp.asarray(grad), [q[0] for q in before.bases], (0, 1))
+            rotated = step.rotate(jnp.asarray(grad), [q[0] for q in before.bases], (0, 1))
             nu = B2 * before.nu[0] + (1 - B2) * rotated**2
             mu = B1 * before.mu[0] + (1 - B1) * rotated
             np.testing.assert_allclose(after.nu[0], nu, rtol=0, atol=2e-6)
@@ -400,15 +402,15 @@ def test_blocks_hold_every_entry_once_and_nothing_else_and_go_back_in_place(
         seen.append(np.ravel(grads))
         return grads, state
 
-    def keep_ravelled(grads: list[jax.Array], state: soap_optax.RavelledState, *_: Any) -> Any:
+    def keep_adam(grads: list[jax.Array], state: soap_optax.AdamState, *_: Any) -> Any:
         assert sum(grad.size for grad in grads) == state.mu.size
         seen.extend(np.ravel(grad) for grad in grads)
         return grads, state
 
     # With the equations taken out, what comes out of an update is what went in.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "update_stack", keep_stack)
-        patch.setattr(ravelled, "update", keep_ravelled)
+        patch.setattr(stacks, "update_stack", keep_stack)
+        patch.setattr(stacks, "update_adam", keep_adam)
         optimizer = soap_optax.scale_by_soap(**options)
         updates: Any = optimizer.update(leaves, optimizer.init(leaves))[0]
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), entries)
@@ -423,7 +425,7 @@ def test_tiles_are_equal_if_a_divisor_allows_and_differ_by_at_most_one_if_not(
     length: int, block_size: int
 ) -> None:
     tiles = []
-    for start, count, tile in planning.cut_axis(length, block_size):
+    for start, count, tile in plan.cut_axis(length, block_size):
         assert start == sum(tiles)
         tiles += [tile] * count
     assert sum(tiles) == length
@@ -468,7 +470,7 @@ MERGED = [
 def test_dimensions_are_merged_by_the_authors_rule(
     shape: tuple[int, ...], limit: int, wanted: tuple[int, ...]
 ) -> None:
-    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
+    cut = views.BlockOptions(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
     assert views.merged_shape(shape, cut) == wanted
 
 
@@ -480,7 +482,7 @@ def test_dimensions_are_merged_by_the_authors_rule(
 def test_merging_agrees_with_the_reference_and_keeps_every_entry(
     shape: tuple[int, ...], limit: int
 ) -> None:
-    cut = views.Cut(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
+    cut = views.BlockOptions(limit, precondition_1d=False, merge_dims=True, block_size=None, one_sided=False)
     merged = views.merged_shape(shape, cut)
     assert math.prod(merged) == math.prod(shape)
     assert merged == reference.merged(shape, limit)

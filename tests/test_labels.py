@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import soap_optax
-from soap_optax.labels import default_labels
+from soap_optax import default_labels
 
 MATRIX = (8, 6)
 

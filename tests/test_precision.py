@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.lax import DotAlgorithmPreset, Precision
 
 import soap_optax
-from soap_optax.refreshes import Method
+from soap_optax.algorithm import RefreshMethod as Method
 
 HIGHEST = (Precision.HIGHEST, Precision.HIGHEST)
 SHAPE = (6, 4)

@@ -235,7 +235,7 @@ def test_paths_of_the_state_read_well() -> None:
         "layout_version",
         "count",
         "stacks/4x3/accepted_gradients",
-        "stacks/4x3/refused_gradients",
+        "stacks/4x3/rejected_gradients",
         "stacks/4x3/factors/0",
         "stacks/4x3/factors/1",
         "stacks/4x3/mu",
@@ -244,11 +244,11 @@ def test_paths_of_the_state_read_well() -> None:
         "stacks/4x3/bases/1",
         "stacks/4x3/age",
         "stacks/4x3/refreshes",
-        "stacks/4x3/refused_refreshes",
-        "ravelled/float32/accepted_gradients",
-        "ravelled/float32/refused_gradients",
-        "ravelled/float32/mu",
-        "ravelled/float32/nu",
+        "stacks/4x3/rejected_refreshes",
+        "adam/float32/accepted_gradients",
+        "adam/float32/rejected_gradients",
+        "adam/float32/mu",
+        "adam/float32/nu",
     ]
 
 
@@ -261,7 +261,7 @@ def test_stacks_are_named_by_shape_and_by_dtype_of_statistics_where_it_is_not_fl
     state = jax.eval_shape(build("scale_by_soap").init, params)
     assert state.stacks.keys() == {"4x3", "4x3_float64"}
     assert len(state.stacks["4x3"].accepted_gradients) == 2
-    assert state.ravelled.keys() == {"float64"}
+    assert state.adam.keys() == {"float64"}
     for name, stack in state.stacks.items():
         floats = {leaf.dtype.name for leaf in jax.tree.leaves(stack) if leaf.dtype.kind == "f"}
         assert floats == {"float64" if name.endswith("float64") else "float32"}

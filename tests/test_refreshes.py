@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import matrices, products, refreshes
-from soap_optax.products import times
+from soap_optax.algorithm import jacobi, partial_refresh, refresh_methods
+from soap_optax.linalg import decompositions, orthonormality, products
+from soap_optax.linalg import matmul as times
 
-METHODS = get_args(refreshes.Method)
-FULL = tuple(refreshes.FULL)
+METHODS = get_args(refresh_methods.RefreshMethod)
+FULL = tuple(refresh_methods.METHODS)
 
 # Entries of orthonormal matrices and of their products, after some ten operations in float32.
 ROUNDING = 1e-5
 
 
 @functools.cache
-def turned_by(method: str) -> Callable[[Any, Any], refreshes.Turned]:
-    full = refreshes.FULL[method]
+def turned_by(method: str) -> Callable[[Any, Any], refresh_methods.NewBasis]:
+    full = refresh_methods.METHODS[method]
     return jax.jit(lambda factor, basis: full(factor, basis, times(factor, basis)))
 
 
@@ -66,7 +67,7 @@ def test_every_method_takes_a_basis_nearer_to_the_eigenvectors_and_keeps_it_orth
     # Neighbouring eigenvalues are 10% apart for d = 40, where one QR gains a tenth.
     assert mass(factor, turned.basis) < 0.95 * before
     assert np.abs(turned.basis.T @ turned.basis - np.eye(d)).max() < ROUNDING
-    assert sorted(turned.order.tolist()) == list(range(d))
+    assert sorted(turned.permutation.tolist()) == list(range(d))
 
 
 @pytest.mark.parametrize("method", FULL)
@@ -91,7 +92,7 @@ def test_columns_come_out_in_descending_order_and_the_order_says_where_they_were
     shuffled = [3, 0, 5, 1, 4, 2]
     basis = jnp.asarray(vectors[:, shuffled], jnp.float32)
     turned = turned_by(method)(factor, basis)
-    assert [shuffled[column] for column in turned.order] == list(range(6))
+    assert [shuffled[column] for column in turned.permutation] == list(range(6))
     np.testing.assert_allclose(np.abs(turned.basis), np.abs(vectors), atol=ROUNDING)
 
 
@@ -101,13 +102,13 @@ def test_jacobi_sweeps_keep_columns_in_their_places() -> None:
     basis = jnp.asarray(vectors[:, [3, 0, 5, 1, 4, 2]], jnp.float32)
     turned = turned_by("jacobi")(factor, basis)
     np.testing.assert_allclose(turned.basis, basis, atol=ROUNDING)
-    assert turned.order.tolist() == list(range(6))
+    assert turned.permutation.tolist() == list(range(6))
 
 
 def test_one_angle_is_the_classical_jacobi_rotation() -> None:
     rotated = jnp.array([[3.0, 0.5], [0.5, 1.0]])
     angle = 0.5 * np.arctan2(2 * 0.5, 3.0 - 1.0)
-    tangents = refreshes.rotation_angles(rotated)
+    tangents = jacobi.rotation_angles(rotated)
     np.testing.assert_allclose(tangents[1, 0], np.tan(angle), rtol=1e-6)
     np.testing.assert_array_equal(tangents, -tangents.T)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -115,7 +116,7 @@ def test_one_angle_is_the_classical_jacobi_rotation() -> None:
     assert abs(diagonal[0, 1]) < 1e-6
 
 
-ANGLES_OF = jax.jit(refreshes.rotation_angles)
+ANGLES_OF = jax.jit(jacobi.rotation_angles)
 
 
 @hypothesis.given(d=st.sampled_from([2, 5, 9]), seed=st.integers(0, 99), decades=st.floats(0, 12))
@@ -135,7 +136,7 @@ def test_sweeps_go_on_only_while_there_is_something_left() -> None:
     vectors = random_basis(24)
     factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 24))
     little, much = near(vectors, 0.002), near(vectors, 0.1)
-    assert mass(factor, little) < refreshes.ENOUGH < mass(factor, much)
+    assert mass(factor, little) < jacobi.ENOUGH < mass(factor, much)
     assert mass(factor, turned_by("jacobi")(factor, little).basis) < 0.2 * mass(factor, little)
     assert mass(factor, turned_by("jacobi")(factor, much).basis) < 0.2 * mass(factor, much)
 
@@ -145,7 +146,7 @@ def test_cholesky_qr_is_qr_up_to_signs() -> None:
     factor = factor_of(vectors, 10.0 ** -np.linspace(0, 3, 24))
     basis = near(vectors, 0.01)
     fast, sound = (turned_by(method)(factor, basis) for method in ("cholesky_qr", "qr"))
-    assert fast.order.tolist() == sound.order.tolist()
+    assert fast.permutation.tolist() == sound.permutation.tolist()
     # Condition numbers of 1e3 cost three of float32's seven digits.
     np.testing.assert_allclose(np.abs(fast.basis), np.abs(sound.basis), atol=1e-3)
 
@@ -154,26 +155,26 @@ def test_cholesky_qr_is_qr_up_to_signs() -> None:
 def test_cholesky_qr_falls_back_to_qr_where_the_factor_has_no_full_rank(rank: int) -> None:
     vectors = random_basis(40)
     factor = factor_of(vectors, np.arange(40) < rank)
-    direct = matrices.orthonormal_factor_by_cholesky(times(factor, jnp.eye(40)))
-    assert not matrices.is_orthonormal(direct)
+    direct = decompositions.orthonormalize_by_cholesky(times(factor, jnp.eye(40)))
+    assert not orthonormality.is_orthonormal(direct)
     fast, sound = (turned_by(name)(factor, jnp.eye(40)) for name in ("cholesky_qr", "qr"))
     np.testing.assert_allclose(fast.basis, sound.basis, atol=ROUNDING)
-    assert matrices.is_orthonormal(fast.basis)
+    assert orthonormality.is_orthonormal(fast.basis)
 
 
 # The partial refresh.
 
 
 def columns_in(d: int, starts: jax.Array) -> np.ndarray:
-    return np.asarray(refreshes.take_chunks(jnp.arange(d), 0, starts))
+    return np.asarray(partial_refresh.take_chunks(jnp.arange(d), 0, starts))
 
 
 @pytest.mark.parametrize("d", [2, 31, 32, 37, 39, 64, 71])
 def test_partial_refreshes_meet_every_pair_of_columns(d: int) -> None:
     met = np.zeros((d, d), bool)
-    chunks_in_turn = jax.jit(refreshes.chunks_in_turn, static_argnums=0)
-    rounds = 5 if d % refreshes.CHUNKS else 1
-    for turn in range(len(refreshes.PAIRS) * rounds):
+    chunks_in_turn = jax.jit(partial_refresh.scheduled_chunks, static_argnums=0)
+    rounds = 5 if d % partial_refresh.CHUNKS else 1
+    for turn in range(len(partial_refresh.PAIRS) * rounds):
         columns = columns_in(d, chunks_in_turn(d, turn))
         assert len(set(columns)) == len(columns) == (d if d < 32 else d // 8 * 2)
         assert columns.min() >= 0
@@ -188,20 +189,20 @@ def test_a_partial_refresh_turns_its_columns_and_leaves_the_others_alone(turn: i
     vectors = random_basis(d)
     factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, d))
     basis = near(vectors, 0.05)
-    starts = refreshes.chunks_in_turn(d, jnp.int32(turn))
+    starts = partial_refresh.scheduled_chunks(d, jnp.int32(turn))
     columns = columns_in(d, starts)
-    part = refreshes.turn_columns(factor, basis, starts)
+    part = partial_refresh.rotate_chunks(factor, basis, starts)
     others = np.setdiff1d(np.arange(d), columns)
     np.testing.assert_array_equal(part.basis[:, others], basis[:, others])
-    assert part.order[others].tolist() == others.tolist()
+    assert part.permutation[others].tolist() == others.tolist()
     # The columns span what they did, and diagonalize their part, by descending Rayleigh quotients.
     old, new = basis[:, columns], part.basis[:, columns]
     np.testing.assert_allclose(new @ new.T, old @ old.T, atol=ROUNDING)
     assert mass(factor, new) < ROUNDING
-    quotients = np.diag(basis.T @ factor @ basis)[part.order[columns]]
+    quotients = np.diag(basis.T @ factor @ basis)[part.permutation[columns]]
     assert (np.diff(quotients) <= 0).all()
     mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, d)), jnp.float32)
-    turned = refreshes.turn_moment(mu, 1, starts, part.turn)
+    turned = partial_refresh.rotate_moment(mu, 1, starts, part.rotation)
     np.testing.assert_allclose(turned @ part.basis.T, mu @ basis.T, atol=ROUNDING)
 
 
@@ -213,15 +214,15 @@ def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
 
     @jax.jit
     def turn_one(basis: jax.Array, turn: Any) -> jax.Array:
-        starts = refreshes.chunks_in_turn(40, turn)
-        return refreshes.turn_columns(factor, basis, starts).basis
+        starts = partial_refresh.scheduled_chunks(40, turn)
+        return partial_refresh.rotate_chunks(factor, basis, starts).basis
 
-    for turn in range(4 * len(refreshes.PAIRS)):
+    for turn in range(4 * len(partial_refresh.PAIRS)):
         basis = turn_one(basis, turn)
         masses.append(mass(factor, basis))
     assert masses[28] < 0.5 * masses[0]
     assert masses[-1] < 1e-3
-    assert matrices.is_orthonormal(basis)
+    assert orthonormality.is_orthonormal(basis)
 
 
 # Gram matrices.
@@ -263,8 +264,8 @@ def test_large_gram_matrices_are_multiplied_in_parts_on_cpus_alone() -> None:
 @pytest.mark.parametrize("d", [8, 32, 33, 64, 200, 256])
 def test_the_probed_departure_sees_what_is_there(d: int) -> None:
     basis = jnp.asarray(random_basis(d), jnp.float32)
-    tolerance = matrices.orthonormality_tolerance(basis)
-    assert matrices.probed_departure(basis) < tolerance / 10
+    tolerance = orthonormality.orthonormality_tolerance(basis)
+    assert orthonormality.probed_departure(basis) < tolerance / 10
     for spoiled in (
         basis.at[-1, 0].set(jnp.nan),
         jnp.full_like(basis, jnp.nan),
@@ -274,7 +275,7 @@ def test_the_probed_departure_sees_what_is_there(d: int) -> None:
         basis.at[:, 0].add(3 * tolerance * basis[:, 1]),
         jnp.zeros_like(basis),
     ):
-        assert not matrices.is_orthonormal(spoiled)
+        assert not orthonormality.is_orthonormal(spoiled)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -283,10 +284,10 @@ def test_the_largest_magnitude_of_any_number_of_entries_tells_of_a_nan(
     size: int, dtype: Any
 ) -> None:
     array = jnp.linspace(-3, 2, size, dtype=dtype)
-    assert matrices.largest_magnitude(array) == 3
+    assert orthonormality.largest_magnitude(array) == 3
     for spoiled in (array.at[0].set(jnp.nan), array.at[-1].set(jnp.nan), array * jnp.nan):
-        assert jnp.isnan(matrices.largest_magnitude(spoiled))
-        assert matrices.largest_magnitude(spoiled).dtype == dtype
+        assert jnp.isnan(orthonormality.largest_magnitude(spoiled))
+        assert orthonormality.largest_magnitude(spoiled).dtype == dtype
 
 
 def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:
@@ -295,7 +296,7 @@ def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:
         (factor.at[3, 3].set(jnp.nan) @ basis, basis),
         (factor @ basis, basis.at[:, 3].set(jnp.nan)),
     ):
-        assert jnp.isnan(matrices.off_diagonal_mass(product, columns))
+        assert jnp.isnan(orthonormality.off_diagonal_mass(product, columns))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 1e3])
@@ -305,22 +306,22 @@ def test_a_matrix_is_polished_to_the_nearest_orthonormal_one(d: int, scale: floa
     noise = 0.2 * rng.normal(size=(d, d))
     matrix = scale * random_basis(d) @ (np.eye(d) + noise - noise.T)
     left, _, right = np.linalg.svd(matrix)
-    found = matrices.polished(jnp.asarray(matrix, jnp.float32))
-    assert matrices.is_orthonormal(found)
+    found = orthonormality.nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
+    assert orthonormality.is_orthonormal(found)
     # An eighth of the tolerance remains, 4e-5, as several vectors of signs see it.
     np.testing.assert_allclose(found, left @ right, atol=1e-4)
 
 
 @pytest.mark.parametrize("matrix", [jnp.zeros((40, 40)), jnp.full((256, 256), jnp.nan)])
 def test_what_cannot_be_polished_ends_and_is_not_orthonormal(matrix: jax.Array) -> None:
-    assert not matrices.is_orthonormal(matrices.polished(matrix))
+    assert not orthonormality.is_orthonormal(orthonormality.nearest_orthonormal(matrix))
 
 
 def test_a_basis_that_drifts_is_made_orthonormal_and_another_one_not_touched() -> None:
     basis = jnp.asarray(random_basis(40), jnp.float32)
-    np.testing.assert_array_equal(matrices.polished(basis), basis)
+    np.testing.assert_array_equal(orthonormality.nearest_orthonormal(basis), basis)
     drifted = basis * (1 + 2e-4)
-    assert matrices.departure_from_orthonormality(matrices.polished(drifted)) < ROUNDING
+    assert orthonormality.departure_from_orthonormality(orthonormality.nearest_orthonormal(drifted)) < ROUNDING
 
 
 # In the optimizer.
@@ -366,7 +367,7 @@ def test_the_first_moment_keeps_its_direction_through_every_refresh(method: str)
     grads = gradients()
     _, stack = run_of(method)(grads, 3)
     assert stack.refreshes[-1].tolist() == [20]
-    assert stack.refused_refreshes[-1].tolist() == [0]
+    assert stack.rejected_refreshes[-1].tolist() == [0]
     wanted = np.zeros(SHAPE)
     for call, grad in enumerate(grads):
         wanted = 0.95 * wanted + 0.05 * np.asarray(grad) * (call > 0)
@@ -382,7 +383,7 @@ def test_bases_follow_factors_and_stay_orthonormal(method: str) -> None:
         found, idle = (mass(factors[-1, 0], bases[call, 0]) for call in (-1, 1))
         # The last gradient's turn is left to do, and more where a quarter turns at a time.
         assert found < (0.8 if method == "partial" else 0.4) * idle
-        assert matrices.departure_from_orthonormality(bases[-1, 0]) < 1e-4
+        assert orthonormality.departure_from_orthonormality(bases[-1, 0]) < 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -407,7 +408,7 @@ def test_a_large_factor_of_low_rank_leaves_every_basis_finite(method: Any) -> No
     stack = stack_of(state)
     assert stack.refreshes.tolist() == [3]
     for basis in stack.bases:
-        assert matrices.is_orthonormal(basis[0])
+        assert orthonormality.is_orthonormal(basis[0])
         assert np.isfinite(basis).all()
 
 
@@ -427,7 +428,7 @@ def test_a_refresh_from_a_factor_that_is_not_finite_is_refused_by_every_method(
         planted = state._replace(stacks={"40x6": stack._replace(factors=factors)})
         updates, after = update(grads[4], planted)
         kept = stack_of(after)
-        assert kept.refused_refreshes.tolist() == [1]
+        assert kept.rejected_refreshes.tolist() == [1]
         assert kept.refreshes.tolist() == stack.refreshes.tolist()
         assert np.isfinite(updates).all()
         for new, old in zip(kept.bases, stack.bases, strict=True):
@@ -452,7 +453,7 @@ def test_auto_chooses_by_platform_and_length(
     platform: str, length: int, decompositions: set[str]
 ) -> None:
     matrix = jax.ShapeDtypeStruct((length, length), jnp.float32)
-    exported = jax.export.export(jax.jit(refreshes.FULL["auto"]), platforms=[platform])(
+    exported = jax.export.export(jax.jit(refresh_methods.METHODS["auto"]), platforms=[platform])(
         matrix, matrix, matrix
     )
     calls = re.findall(r"custom_call @(\w+)", exported.mlir_module())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import second_moment
+from soap_optax.algorithm import second_moment
 
 Shape = tuple[int, ...]
 SHAPES: list[Shape] = [(6, 4), (3, 4, 5), (2, 3, 2, 4), (5,), (1, 7)]
@@ -125,4 +125,4 @@ def test_ravelled_leaves_keep_a_second_moment_for_every_entry() -> None:
     optimizer = soap_optax.scale_by_soap(factored=True, max_precond_dim=4)
     state: Any = optimizer.init(params)
     assert not state.stacks
-    assert state.ravelled["float32"].nu.shape == (5 + 9 * 8,)
+    assert state.adam["float32"].nu.shape == (5 + 9 * 8,)

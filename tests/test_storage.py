@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import soap_optax
-from soap_optax import folding, second_moment
+from soap_optax.algorithm import second_moment
+from soap_optax.linalg import triangle
 
 Tree = dict[str, jax.Array]
 State = Any  # A `ScaleBySoapState`, but Optax's signatures say any tree.
@@ -91,7 +92,7 @@ def stored_plainly(state: State, storage: str) -> State:
     def plain(stack: soap_optax.StackState) -> soap_optax.StackState:
         lengths = [basis.shape[-1] for basis in stack.bases]
         factors = [
-            jax.vmap(functools.partial(folding.whole, d=d))(factor)
+            jax.vmap(functools.partial(triangle.unfolded, d=d))(factor)
             for factor, d in zip(stack.factors, lengths, strict=True)
         ]
         stack = stack._replace(
@@ -167,7 +168,7 @@ def test_only_what_is_stored_narrowly_is_narrow_and_stays_so(storage: str) -> No
             assert {leaf.dtype for leaf in (*stack.factors, *stack.bases)} == {preconditioner}
             assert {leaf.dtype for leaf in jax.tree.leaves(stack.nu)} == {jnp.dtype("float32")}
             assert isinstance(stack.nu, tuple) == ("factored" in options)
-        for part in (*state.stacks.values(), *state.ravelled.values()):
+        for part in (*state.stacks.values(), *state.adam.values()):
             assert part.mu.dtype == mu
 
 
@@ -180,7 +181,7 @@ def test_refreshes_are_made_when_due_and_none_is_refused(storage: str) -> None:
     due = math.ceil((CALLS - 1) / FREQUENCY)  # Calls 1, 5, 9 and so on.
     for stack in states[-1].stacks.values():
         assert stack.refreshes.tolist() == [due] * len(stack.age)
-        assert stack.refused_refreshes.tolist() == [0] * len(stack.age)
+        assert stack.rejected_refreshes.tolist() == [0] * len(stack.age)
     # So it is not the first basis that is used until the end: its columns have turned.
     first, last = (np.asarray(s.stacks["6x4"].bases[-1], float) for s in (states[1], states[-1]))
     assert np.abs(np.sum(first * last, axis=1)).min() < 0.99
@@ -199,7 +200,7 @@ def test_refused_gradient_changes_no_bit_but_its_counter(storage: str) -> None:
             strict=True,
         ):
             name = jax.tree_util.keystr(path)
-            if name.endswith(".refused_gradients"):
+            if name.endswith(".rejected_gradients"):
                 assert (new == old + 1).all()
             elif not name.endswith(".count"):
                 assert np.asarray(new).tobytes() == np.asarray(old).tobytes(), name
@@ -238,20 +239,20 @@ def test_diagnostics_are_those_of_the_same_state_stored_plainly(storage: str) ->
 def test_folding_keeps_a_symmetric_matrix_in_half_of_the_numbers(d: int) -> None:
     lower = np.tril(np.arange(1.0, d * d + 1, dtype=np.float32).reshape(d, d))
     symmetric = lower + np.tril(lower, -1).T
-    fold, unfold = jax.jit(folding.fold), jax.jit(folding.unfold, static_argnums=1)
+    fold, unfold = jax.jit(triangle.fold), jax.jit(triangle.unfold, static_argnums=1)
     folded = fold(symmetric)
-    assert folded.shape == folding.folded_shape(d)
+    assert folded.shape == triangle.folded_shape(d)
     entries = d * (d + 1) // 2
     # An odd number of rows leaves half a row.
     assert folded.size == entries + (d + 1) // 2 * (d % 2)
     assert set(lower[lower > 0]) <= set(np.ravel(folded).tolist())
     np.testing.assert_array_equal(unfold(folded, d), symmetric)
-    np.testing.assert_array_equal(folding.whole(jnp.asarray(symmetric), d), symmetric)
+    np.testing.assert_array_equal(triangle.unfolded(jnp.asarray(symmetric), d), symmetric)
 
 
 def test_folding_takes_the_lower_triangle_of_a_matrix_that_rounding_made_unsymmetric() -> None:
     matrix = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-    unfolded = np.asarray(folding.unfold(folding.fold(jnp.asarray(matrix)), 5))
+    unfolded = np.asarray(triangle.unfold(triangle.fold(jnp.asarray(matrix)), 5))
     np.testing.assert_array_equal(np.tril(unfolded), np.tril(matrix))
     np.testing.assert_array_equal(unfolded, unfolded.T)
 

@@ -12,7 +12,8 @@ import reference
 from jax.typing import DTypeLike
 
 import soap_optax
-from soap_optax import matrices
+from soap_optax.linalg import decompositions
+
 
 TRAJECTORIES = helpers.load_trajectories()
 every_trajectory = pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_float64_follows_the_authors_code_to_rounding(trajectory: helpers.Trajec
 @pytest.fixture
 def decomposed_by_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has every basis refreshed as long ones are on CPUs."""
-    monkeypatch.setattr(matrices, "BLOCKED_FROM", 1)
+    monkeypatch.setattr(decompositions, "BLOCKED_FROM", 1)
     jax.clear_caches()  # JAX would reuse refreshes that other tests traced.
     yield
     jax.clear_caches()

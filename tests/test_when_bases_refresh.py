@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import soap_optax
-from soap_optax import execution
+from soap_optax.stacks import refresh_gating
 
 SHAPE = (12, 5)
 NAME = "12x5"
@@ -67,7 +67,7 @@ def test_a_tolerance_of_one_keeps_the_first_bases_for_good() -> None:
     grads = gradients(10)
     _, stacks = run(grads, 2, 1.0)
     assert stacks[-1].refreshes.tolist() == [1]
-    assert stacks[-1].refused_refreshes.tolist() == [0]
+    assert stacks[-1].rejected_refreshes.tolist() == [0]
     for kept, first in zip(stacks[-1].bases, stacks[1].bases, strict=True):
         np.testing.assert_array_equal(kept, first)
 
@@ -131,7 +131,7 @@ def test_a_factor_that_is_not_finite_is_refused_and_not_skipped() -> None:
         stacks={NAME: stacks[-1]._replace(factors=factors)}, count=jnp.int32(4)
     )
     _, after = step_of()(grads[4], planted, 1, 1.0)
-    assert after.stacks[NAME].refused_refreshes.tolist() == [1]
+    assert after.stacks[NAME].rejected_refreshes.tolist() == [1]
 
 
 def test_the_tolerance_may_be_injected() -> None:
@@ -150,7 +150,7 @@ def test_staggered_blocks_refresh_as_if_each_had_begun_at_another_time(frequency
     """Block by block, the run is one without turns whose ages were set after the first bases."""
     grads = gradients(20, blocks=5)
     found, stacks = run(grads, frequency, stagger=True)
-    places = np.floor(execution.turns_of(range(5)) * frequency).astype(int)
+    places = np.floor(refresh_gating.stagger_phases(range(5)) * frequency).astype(int)
     # The first turn that comes when half a cycle has gone by since the first bases, of call 1.
     first = [
         next(
@@ -246,7 +246,7 @@ def test_turns_are_spread_evenly_over_the_cycle_for_any_consecutive_blocks(
 ) -> None:
     for frequency in (1, 2, 5, 10, 100):
         numbers = range(start, start + blocks)
-        turns = execution.turns_of(numbers)
+        turns = refresh_gating.stagger_phases(numbers)
         assert turns.min() >= 0
         assert turns.max() < 1
         counts = np.bincount(np.floor(turns * frequency).astype(int), minlength=frequency)
@@ -261,11 +261,11 @@ def test_every_turn_comes_in_a_cycle_of_any_length(frequency: int) -> None:
     """A fraction just below 1 is rounded to 1 in float32."""
     turns = np.asarray([1 - 1e-9], np.float32)
     assert turns == 1
-    timing = execution.RefreshTiming(jnp.int32(frequency), "before_gradient", stagger=True)
+    timing = refresh_gating.RefreshTiming(jnp.int32(frequency), "before_gradient", stagger=True)
     _, stacks = run(gradients(2), 1)
     due = [
         bool(
-            execution.is_due(
+            refresh_gating.is_due(
                 stacks[-1]._replace(
                     accepted_gradients=jnp.full(1, count, jnp.int32),
                     age=jnp.full(1, frequency - frequency // 2, jnp.int32),
@@ -319,6 +319,6 @@ def test_a_refused_gradient_changes_nothing_in_either_order() -> None:
         assert not np.asarray(updates[-1]["000"]).any()
         jax.tree.map(
             np.testing.assert_array_equal,
-            stacks[-1]._replace(refused_gradients=stacks[-2].refused_gradients),
+            stacks[-1]._replace(rejected_gradients=stacks[-2].rejected_gradients),
             stacks[-2],
         )

@@ -102,7 +102,7 @@ class Summary:
         did not diverge.
       adopted: bases adopted relative to a refresh in every step.
       off_diagonal_mass: mean over the runs.
-      refused_refreshes: of all runs together.
+      rejected_refreshes: of all runs together.
       state_bytes: of one state.
       seconds_per_step: the median over the runs.
     """
@@ -113,7 +113,7 @@ class Summary:
     difference: Mapping[int, float]
     adopted: float
     off_diagonal_mass: float
-    refused_refreshes: float
+    rejected_refreshes: float
     state_bytes: int
     seconds_per_step: float
 
@@ -150,7 +150,7 @@ def summary_of(runs: Sequence[Run], first: Sequence[Run]) -> Summary:
         difference={seed: pair[0][-1] - pair[1][-1] for seed, pair in paired(runs, first).items()},
         adopted=sum(row.adopted for row in lasts) / (sum(row.adoptable for row in lasts) or 1),
         off_diagonal_mass=mean_of_finite(row.off_diagonal_mass for row in rows),
-        refused_refreshes=sum(row.refused_refreshes for row in lasts),
+        rejected_refreshes=sum(row.rejected_refreshes for row in lasts),
         state_bytes=runs[0].state_bytes,
         seconds_per_step=statistics.median(row.seconds_per_step for row in rows),
     )
@@ -192,7 +192,7 @@ def quality_table(title: str, summaries: Sequence[Summary]) -> str:
         "by seed": losses_by_seed,
         "bases adopted": lambda summary: number(summary.adopted, ".3f"),
         "off-diagonal mass": lambda summary: number(summary.off_diagonal_mass, ".3f"),
-        "refused": lambda summary: number(summary.refused_refreshes, ",.0f"),
+        "refused": lambda summary: number(summary.rejected_refreshes, ",.0f"),
         "state MB": lambda summary: megabytes(summary.state_bytes),
         "ms a step": lambda summary: number(1e3 * summary.seconds_per_step, ",.1f"),
     }

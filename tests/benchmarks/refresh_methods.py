@@ -31,7 +31,8 @@ from jax import Array, lax
 from measure import FLOOR, Spread, spread_of
 from tqdm import tqdm
 
-from soap_optax import matrices, products, refreshes
+from soap_optax.algorithm import partial_refresh, refresh_methods
+from soap_optax.linalg import decompositions, orthonormality, products
 
 METHODS = ("qr", "cholesky_qr", "eigh", "jacobi", "partial")
 KEPT = 0.95**10  # of a factor, from one refresh to the next
@@ -65,7 +66,7 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
         turn = jnp.linalg.qr(jax.random.normal(turn_key, (length, length)))[0]
         old = average(old_key, 4)
         new = KEPT * old + (1 - KEPT) * average(new_key, 2)
-        basis = matrices.descending_eigenvectors(turn @ old @ turn.T)
+        basis = decompositions.descending_eigenvectors(turn @ old @ turn.T)
         return turn @ new @ turn.T, basis
 
     return lax.map(one, jax.random.split(key, blocks))
@@ -74,9 +75,9 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
 def refresh(method: str, factor: Array, basis: Array) -> Array:
     """The new basis of a factor, `(d, d)`."""
     if method == "partial":
-        starts = refreshes.chunks_in_turn(len(basis), jnp.int32(0))
-        return refreshes.turn_columns(factor, basis, starts).basis
-    return refreshes.FULL[method](factor, basis, products.times(factor, basis)).basis
+        starts = partial_refresh.scheduled_chunks(len(basis), jnp.int32(0))
+        return partial_refresh.rotate_chunks(factor, basis, starts).basis
+    return refresh_methods.METHODS[method](factor, basis, products.matmul(factor, basis)).basis
 
 
 def contenders() -> dict[str, Callable[[Array, Array], Array]]:
@@ -117,7 +118,7 @@ def rows_of(length: int, blocks: int, rounds: int) -> Iterator[Row]:
 def mean_mass(factors: Array, bases: Array) -> Array:
     """The off-diagonal mass of the factors in the bases, mean over blocks."""
     products = jnp.matmul(factors, bases, precision="highest")
-    return jnp.mean(jax.vmap(matrices.off_diagonal_mass)(products, bases))
+    return jnp.mean(jax.vmap(orthonormality.off_diagonal_mass)(products, bases))
 
 
 COLUMNS: Mapping[str, Callable[[Row], str]] = {

@@ -130,9 +130,9 @@ def run_with(
 
 
 RUNS = [
-    run_with("one", 0, [5.0, 3.0, 1.0], adopted=2, adoptable=10, refused_refreshes=1),
+    run_with("one", 0, [5.0, 3.0, 1.0], adopted=2, adoptable=10, rejected_refreshes=1),
     run_with("two", 0, [5.0, 3.0, 1.5], adopted=10, adoptable=10, seconds=2.0),
-    run_with("one", 1, [5.0, 3.0, 2.0], adopted=4, adoptable=10, refused_refreshes=2),
+    run_with("one", 1, [5.0, 3.0, 2.0], adopted=4, adoptable=10, rejected_refreshes=2),
     run_with("two", 1, [5.0, 3.0, 2.7], adopted=10, adoptable=10, seconds=4.0),
     run_with("two", 2, [5.0, math.nan], seconds=4.0),
 ]
@@ -145,7 +145,7 @@ def test_variants_are_compared_seed_by_seed() -> None:
     assert two.difference == pytest.approx({0: 0.5, 1: 0.7})
     assert (one.adopted, two.adopted) == (0.3, 1.0)
     assert one.off_diagonal_mass == 0.375  # of steps 1 and 2; there is none before
-    assert (one.refused_refreshes, one.state_bytes) == (3, 1000)
+    assert (one.rejected_refreshes, one.state_bytes) == (3, 1000)
     assert (one.seconds_per_step, two.seconds_per_step) == (1.0, 4.0)
     assert (one.diverged, two.diverged) == (0, 1)
 

@@ -124,8 +124,8 @@ class Evaluation(NamedTuple):
         taken, and the factors hold the step's gradient.
       adopted: bases that SOAP adopted so far, summed over blocks.
       adoptable: what a refresh in every step would have come to.
-      refused_refreshes: so far, summed over blocks.
-      refused_gradients: so far, summed over blocks and parameters with no preconditioner.
+      rejected_refreshes: so far, summed over blocks.
+      rejected_gradients: so far, summed over blocks and parameters with no preconditioner.
       seconds_per_step: mean since the last evaluation, of training alone; NaN before the first.
     """
 
@@ -136,8 +136,8 @@ class Evaluation(NamedTuple):
     off_diagonal_mass: float
     adopted: float
     adoptable: float
-    refused_refreshes: float
-    refused_gradients: float
+    rejected_refreshes: float
+    rejected_gradients: float
     seconds_per_step: float
 
 
@@ -197,8 +197,8 @@ def examine(state: Any) -> dict[str, Array]:
         "off_diagonal_mass": functools.reduce(jnp.maximum, masses),
         "adopted": scalars["soap/refreshes"],
         "adoptable": functools.reduce(jnp.add, updates),
-        "refused_refreshes": scalars["soap/refused_refreshes"],
-        "refused_gradients": scalars["soap/refused_gradients"],
+        "rejected_refreshes": scalars["soap/rejected_refreshes"],
+        "rejected_gradients": scalars["soap/rejected_gradients"],
     }
 
 

@@ -171,7 +171,7 @@ def test_masked_soap_leaves_the_other_gradients_alone_and_has_no_state_of_them()
         expected["mlp"]["bias"] = updates["mlp"]["bias"]
         assert_close(updates, expected)
     assert sorted(soap_state(state).stacks) == KINDS
-    assert not soap_state(state).ravelled
+    assert not soap_state(state).adam
 
 
 @pytest.mark.parametrize("wrapper", ["partition", "multi_transform"])
@@ -220,7 +220,7 @@ def test_apply_if_finite_drops_a_bad_step_as_if_it_had_not_been() -> None:
     chex.assert_trees_all_equal(state.inner_state, plain_state.inner_state)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(history[4:6]))
     assert int(state.total_notfinite) == 2
-    assert int(soap_optax.diagnostics(state)["soap/refused_gradients"]) == 0
+    assert int(soap_optax.diagnostics(state)["soap/rejected_gradients"]) == 0
 
 
 # Averages of parameters ---------------------------------------------------------------------------

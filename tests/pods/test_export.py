@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 import soap_optax
-from soap_optax import matrices
+from soap_optax.linalg import decompositions
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 
@@ -45,7 +45,7 @@ def test_one_exported_step_is_lowered_for_all_platforms_and_equals_the_jitted_on
 @pytest.mark.parametrize("length", [256, 257, 1024])
 def test_tpus_take_their_own_operation_for_eigenvectors_of_any_length(length: int) -> None:
     factor = jax.ShapeDtypeStruct((length, length), jnp.float32)
-    exported = export.export(jax.jit(matrices.descending_eigenvectors), platforms=["tpu"])(factor)
+    exported = export.export(jax.jit(decompositions.descending_eigenvectors), platforms=["tpu"])(factor)
     program = exported.mlir_module()
     assert "@Eigh" in program
     # What JAX calls beyond a length of 256 loops, and has polar and QR decompositions besides.
@@ -55,5 +55,5 @@ def test_tpus_take_their_own_operation_for_eigenvectors_of_any_length(length: in
 def test_eigenvectors_are_found_without_jit() -> None:
     factor = jnp.asarray([[2.0, 1.0], [1.0, 2.0]])
     with jax.disable_jit():
-        found = matrices.descending_eigenvectors(factor)
+        found = decompositions.descending_eigenvectors(factor)
     np.testing.assert_allclose(found.T @ factor @ found, np.diag([3.0, 1.0]), atol=1e-6)

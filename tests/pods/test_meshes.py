@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from soap_optax import placement
+from soap_optax.devices import mesh
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def test_the_axes_of_a_finer_mesh_are_equally_long_where_they_can_be(
     names = tuple("xy"[: len(lengths)])
     devices = np.array([Device(number) for number in range(math.prod(lengths))], object)
     sharding = NamedSharding(Mesh(devices.reshape(lengths), names), PartitionSpec(names))
-    mesh, parts = placement.refine(sharding, counts)
-    assert list(mesh.shape.values()) == finer
-    assert [name for axis in names for name in parts[axis]] == list(mesh.axis_names)
-    assert [device.id for device in mesh.devices.ravel()] == list(range(devices.size))
+    finer_mesh, parts = mesh.refine_mesh(sharding, counts)
+    assert list(finer_mesh.shape.values()) == finer
+    assert [name for axis in names for name in parts[axis]] == list(finer_mesh.axis_names)
+    assert [device.id for device in finer_mesh.devices.ravel()] == list(range(devices.size))

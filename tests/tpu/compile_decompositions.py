@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from soap_optax import refreshes
+from soap_optax.algorithm import partial_refresh, refresh_methods
 
 Program = tuple[str, Callable[[jax.Array], jax.Array], tuple[int, ...]]
 
@@ -44,9 +44,9 @@ def refresh(method: str, matrix: jax.Array) -> jax.Array:
     """What a method makes of the identity, a basis of the Gram matrix."""
     factor, basis = matrix @ matrix.T, jnp.eye(len(matrix))
     if method == "partial":
-        starts = refreshes.chunks_in_turn(len(basis), jnp.int32(0))
-        return refreshes.turn_columns(factor, basis, starts).basis
-    return refreshes.FULL[method](factor, basis, factor).basis
+        starts = partial_refresh.scheduled_chunks(len(basis), jnp.int32(0))
+        return partial_refresh.rotate_chunks(factor, basis, starts).basis
+    return refresh_methods.METHODS[method](factor, basis, factor).basis
 
 
 def methods(batch: int, d: int) -> Iterator[Program]:

@@ -1,0 +1,114 @@
+"""Diagrams of the package: its wings, and a gradient's way through them."""
+
+from canvas import Canvas
+
+
+def wings() -> Canvas:
+    """The package's parts, and the direction of imports."""
+    canvas = Canvas(
+        750,
+        436,
+        "The wings of the package",
+        "Imports go one way: tools, alias, transform, stacks. Stacks import devices and algorithm. "
+        "Devices import blocks, algorithm imports linalg, and all may import state.",
+    )
+    left, right, wide, narrow = 20, 310, 560, 270
+    for style, name, purpose, x, y, width in (
+        ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 20, wide),
+        ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 80, wide),
+        ("blue", "transform", "`scale_by_soap`: init and update", left, 140, wide),
+        ("green", "stacks", "all blocks of one shape: when, in which loop", left, 200, wide),
+        ("orange", "devices", "the way on a mesh", left, 260, narrow),
+        ("orange", "blocks", "the way on one device", left, 320, narrow),
+        ("blue", "state", "the NamedTuples", left, 380, narrow),
+        ("purple", "algorithm", "equations of a block", right, 260, narrow),
+        ("purple", "linalg", "matrices only", right, 380, narrow),
+    ):
+        canvas.rectangle(x, y, width, 44, style)
+        canvas.text(x + 14, y + 27, name, "label bold", 15, "start")
+        canvas.text(x + 106, y + 27, purpose, "label", 14, "start")
+    for x, y in ((300, 64), (300, 124), (300, 184), (155, 244), (445, 244), (155, 304), (155, 364)):
+        canvas.arrow((x, y), (x, y + 16))
+    canvas.arrow((445, 304), (445, 380))
+    canvas.arrow((350, 304), (350, 344), (260, 380))
+
+    canvas.rectangle(610, 80, 120, 104, "blue")
+    for number, name in enumerate(("arguments", "values", "schedules")):
+        canvas.text(670, 107 + 26 * number, name, "label bold", 15)
+    canvas.arrow((580, 102), (610, 102))
+    canvas.arrow((580, 162), (610, 162))
+    for number, line in enumerate(
+        ("An arrow means", "“imports”: this", "part or others", "below it.")
+    ):
+        canvas.text(610, 330 + 18 * number, line, "muted", 13, "start")
+    return canvas
+
+
+def gradient() -> Canvas:
+    """The way of a gradient through the functions of the package."""
+    canvas = Canvas(
+        750,
+        640,
+        "A gradient's way through the package",
+        "update_fn checks and plans, then each stack is gathered, updated and split again. Adam's "
+        "buckets go their own way. Leaves are put together from all blocks.",
+    )
+    canvas.rectangle(30, 194, 460, 330, "lane")
+    canvas.rectangle(505, 194, 220, 330, "lane")
+    canvas.text(42, 214, "for each block shape", "muted", 13, "start")
+    canvas.text(517, 214, "for each bucket", "muted", 13, "start")
+    canvas.text(260, 28, "gradients, a tree", "muted", 14)
+    canvas.text(260, 628, "updates, the same tree", "muted", 14)
+    for x, y, width, style, name, purpose in CALLS:
+        canvas.box(x, y, width, 52, style, [f"`{name}`", purpose])
+    _draw_update_stack(canvas)
+    for start, end in ((34, 50), (102, 122), (174, 222), (274, 294), (440, 460), (512, 544)):
+        canvas.arrow((260, start), (260, end))
+    canvas.arrow((260, 596), (260, 612))
+    canvas.arrow((460, 148), (615, 148), (615, 222))
+    canvas.arrow((615, 274), (615, 340))
+    canvas.arrow((615, 392), (615, 460))
+    canvas.arrow((615, 512), (615, 570), (460, 570))
+    return canvas
+
+
+CALLS = (
+    (60, 50, 400, "blue", "update_fn", "takes leaves out of the tree and puts them back"),
+    (
+        60,
+        122,
+        400,
+        "orange",
+        "blocks.plan_of, devices.layout_of",
+        "check the tree, plan from shapes, find the layout",
+    ),
+    (60, 222, 400, "orange", "layout.to_stack", "leaves to a stack, resharded on a mesh"),
+    (60, 460, 400, "orange", "layout.from_stack", "a stack to blocks, resharded back"),
+    (520, 222, 190, "orange", "blocks.gather", "leaves by shape"),
+    (520, 340, 190, "green", "stacks.update_adam", "Adam, as one vector"),
+    (520, 460, 190, "orange", "blocks.split", "leaves again"),
+    (
+        60,
+        544,
+        400,
+        "orange",
+        "blocks.scatter, layout.finish",
+        "blocks to leaves, sharded as the parameters are",
+    ),
+)
+
+
+def _draw_update_stack(canvas: Canvas) -> None:
+    canvas.rectangle(60, 294, 400, 146, "green")
+    canvas.text(260, 315, "`stacks.update_stack`", "label bold", 15)
+    calls = (
+        ("algorithm.is_acceptable", "reject NaN and overflow"),
+        ("algorithm.refresh", "where a block is due"),
+        ("algorithm.step_block", "moments and update"),
+        ("algorithm.average_factor", "gradient to factors"),
+    )
+    for number, (name, purpose) in enumerate(calls):
+        y = 324 + 28 * number
+        canvas.rectangle(70, y, 380, 24, "purple", 4)
+        canvas.text(80, y + 17, f"`{name}`", "label", 14, "start")
+        canvas.text(288, y + 17, purpose, "label", 13, "start")

@@ -1,0 +1,35 @@
+"""The equations of SOAP, for one block: a step, the eigenbases, the refresh methods.
+
+May import: `soap_optax.linalg`, `soap_optax.state`, JAX. Must never know: stacks, parameter trees,
+meshes, when a refresh is due, or the dtype in which a state is stored.
+"""
+
+from soap_optax.algorithm.eigenbasis import EigenbasisState, RefreshRule, refresh
+from soap_optax.algorithm.refresh_methods import RefreshMethod
+from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
+from soap_optax.algorithm.step import (
+    Hyperparameters,
+    adam_direction,
+    average_factor,
+    average_moments,
+    bias_correction,
+    is_acceptable,
+    normalization,
+    step_block,
+)
+
+__all__ = [
+    "EigenbasisState",
+    "Hyperparameters",
+    "RefreshMethod",
+    "RefreshRule",
+    "adam_direction",
+    "average_factor",
+    "average_moments",
+    "bias_correction",
+    "is_acceptable",
+    "normalization",
+    "refresh",
+    "second_moment_estimate",
+    "step_block",
+]

@@ -1,0 +1,74 @@
+"""The refresh method `jacobi`: simultaneous Jacobi rotations, from matrix products alone."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from soap_optax.linalg import largest_magnitude, matmul, nearest_orthonormal, off_diagonal_mass
+
+SWEEPS = 3
+ENOUGH = 0.1
+
+
+def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Array:
+    """A basis after simultaneous Jacobi rotations of all pairs of columns, `(d, d)`.
+
+    A sweep computes `B = Q^T L Q`, takes for each entry the angle that would annihilate this entry
+    alone, and rotates by all angles at once. A sweep that begins with an off-diagonal mass below
+    `ENOUGH` leaves about the square of that mass, so no other sweep follows. Columns stay in place.
+    """
+    factor = lax.stop_gradient(factor)
+
+    def goes_on(carry: tuple[Array, Array, Array, Array]) -> Array:
+        sweep, mass, _, _ = carry
+        return (sweep < SWEEPS) & (mass > ENOUGH)
+
+    def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        number, _, basis, product = carry
+        product = lax.cond(
+            number > 0,
+            lambda basis, _first: matmul(factor, basis),
+            lambda _basis, first: first,
+            basis,
+            product,
+        )
+        mass = off_diagonal_mass(product, basis)
+        step = rotation(rotation_angles(matmul(basis.T, product)))
+        return number + 1, mass, nearest_orthonormal(matmul(basis, step)), product
+
+    # Computed from an entry: in a `shard_map` it then varies over devices, as the masses do.
+    unmeasured = jnp.full_like(product[0, 0], jnp.inf)
+    start = (jnp.int32(0), unmeasured, basis, product)
+    _, _, basis, _ = lax.while_loop(goes_on, sweep, jax.tree.map(lax.stop_gradient, start))
+    return basis
+
+
+def rotation_angles(rotated: Array) -> Array:
+    """The tangents of the angles that annihilate the entries of `B`, antisymmetric, `(d, d)`.
+
+    Entries as small as rounding errors give no angle. Where the angles of a column are too large to
+    rotate all pairs at once, they are reduced, together with their partners in the other column.
+    """
+    rotated = (rotated + rotated.T) / 2
+    largest = largest_magnitude(rotated)
+    scaled = rotated / jnp.where(largest > 0, largest, 1)
+    diagonal = jnp.diagonal(scaled)
+    gap = diagonal[None, :] - diagonal[:, None]
+    twice = jnp.where(gap >= 0, 2, -2) * scaled
+    is_entry = (jnp.abs(scaled) > jnp.finfo(scaled.dtype).eps) & ~jnp.eye(len(scaled), dtype=bool)
+    root = jnp.sqrt(jnp.where(is_entry, jnp.square(gap) + jnp.square(twice), 1))
+    tangents = jnp.where(is_entry, twice / (jnp.abs(gap) + root), 0)
+    # Swapping row and column changes the sign of the gap, except where the gap is zero.
+    tangents = jnp.triu(tangents) - jnp.triu(tangents).T
+    shrink = jnp.minimum(1, 0.5 / jnp.maximum(jnp.linalg.norm(tangents, axis=0), 0.5))
+    return tangents * jnp.minimum(shrink[None, :], shrink[:, None])
+
+
+def rotation(angles: Array) -> Array:
+    """The exponential of an antisymmetric matrix to fourth order, from two products, `(d, d)`.
+
+    Its departure from orthonormality is a 72nd of the sixth power of the angles.
+    """
+    square = matmul(angles, angles)
+    identity = jnp.eye(len(angles), dtype=angles.dtype)
+    return identity + angles + square / 2 + matmul(square, angles / 6 + square / 24)

@@ -1,0 +1,114 @@
+"""The refresh methods: how a basis follows its factor, for one axis of one block.
+
+Each method takes the factor `L`, the basis `Q` and the product `L Q`, all `(d, d)`. It returns a
+new basis and a permutation: the old column that each new column succeeds. The second moment belongs
+to columns and is permuted along with them.
+
+| method | new basis | cost beside `L Q` |
+| --- | --- | --- |
+| `qr` | one step of orthogonal iteration, `QR(L Q)`, as in the authors' code | a QR |
+| `cholesky_qr` | the same from a Cholesky decomposition, or a QR | a product, a Cholesky, a solve |
+| `eigh` | the factor's eigenvectors | an `eigh` |
+| `jacobi` | up to three sweeps of simultaneous Jacobi rotations | 4 products, then 5 a sweep |
+
+`partial`, the fifth method, is in `partial_refresh`: it multiplies only a quarter of the columns.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from soap_optax.algorithm.jacobi import jacobi_sweeps
+from soap_optax.linalg import (
+    descending_eigenvectors,
+    is_orthonormal,
+    orthonormalize,
+    orthonormalize_by_cholesky,
+    rayleigh_quotients,
+)
+
+RefreshMethod = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
+
+
+class NewBasis(NamedTuple):
+    """A new basis, `(d, d)`, and for each column the old column that it succeeds, `(d,)`."""
+
+    basis: Array
+    permutation: Array
+
+
+def orthogonal_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
+    """One step of orthogonal iteration (Vyas et al., 2024, Algorithm 4).
+
+    Columns are first sorted by their Rayleigh quotients, in descending order. A QR decomposition
+    orthogonalizes each column against the columns before it, so an ascending sort would move away
+    from the eigenbasis.
+    """
+    del factor
+    permutation = descending_permutation(product, basis)
+    sorted_product = product.T[permutation].T  # On CPUs, gathering rows is faster than columns.
+    return NewBasis(orthonormalize(sorted_product), permutation)
+
+
+def cholesky_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
+    """The same step by a Cholesky decomposition, or by a QR where the Cholesky basis fails."""
+    del factor
+    permutation = descending_permutation(product, basis)
+    sorted_product = product[:, permutation]
+    fast = orthonormalize_by_cholesky(sorted_product)
+    basis = lax.cond(
+        is_orthonormal(fast),
+        lambda fast, _product: fast,
+        lambda _fast, product: orthonormalize(product),
+        fast,
+        sorted_product,
+    )
+    return NewBasis(basis, permutation)
+
+
+def eigendecomposition(factor: Array, basis: Array, product: Array) -> NewBasis:
+    """The eigenvectors: column `k` gets the eigenvector of the k-th largest eigenvalue."""
+    permutation = descending_permutation(product, basis)
+    return NewBasis(descending_eigenvectors(factor), permutation)
+
+
+def jacobi(factor: Array, basis: Array, product: Array) -> NewBasis:
+    """Up to three sweeps of simultaneous Jacobi rotations; columns stay in place."""
+    return NewBasis(jacobi_sweeps(factor, basis, product), jnp.arange(len(basis)))
+
+
+# Up to this length JAX's eigh is one operation of the TPU.
+ONE_OPERATION_ON_TPUS = 256
+
+
+def method_for_platform(factor: Array, basis: Array, product: Array) -> NewBasis:
+    """The method `auto`: chooses by platform and by the length of the axis.
+
+    On CPUs a QR: no other method is faster for all factors, at any length. On TPUs an eigh, where
+    JAX's eigh is one operation. Elsewhere Jacobi sweeps, which are matrix products.
+    """
+    is_short = len(basis) <= ONE_OPERATION_ON_TPUS
+    return lax.platform_dependent(
+        factor,
+        basis,
+        product,
+        cpu=orthogonal_iteration,
+        tpu=eigendecomposition if is_short else jacobi,
+        default=jacobi,
+    )
+
+
+METHODS: dict[str, Callable[[Array, Array, Array], NewBasis]] = {
+    "qr": orthogonal_iteration,
+    "cholesky_qr": cholesky_iteration,
+    "eigh": eigendecomposition,
+    "jacobi": jacobi,
+    "auto": method_for_platform,
+}
+
+
+def descending_permutation(product: Array, basis: Array) -> Array:
+    """The columns by their Rayleigh quotients, the largest first, `(d,)`."""
+    return jnp.argsort(rayleigh_quotients(product, basis), descending=True)

@@ -1,0 +1,174 @@
+"""A SOAP step for one block: Algorithm 3 of Vyas et al. (2024), in the paper's order.
+
+Every function takes one block and returns new values; `jax.vmap` maps it over a stack. For a
+matrix `G` of shape `(m, n)` with factors `L = E[G G^T]`, `R = E[G^T G]` and their eigenvectors
+`Q_L`, `Q_R`, a step is
+
+    G' = Q_L^T G Q_R                        the gradient, rotated into the eigenbasis
+    M' = b1 M' + (1 - b1) G'                first moment
+    V' = b2 V' + (1 - b2) G' * G'           second moment
+    N' = M' / (sqrt(V') + eps)              Adam's direction
+    N  = Q_L N' Q_R^T                       the update, times the bias correction
+    L  = beta L + (1 - beta) G G^T          factors, and R likewise
+
+An array of more dimensions has a factor and a basis for each of its preconditioned `axes`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from soap_optax.algorithm import second_moment
+from soap_optax.linalg import multiply_along
+from soap_optax.state import SecondMoment, StackState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The numbers of a step, scalars in the dtype of the statistics, and its static options.
+
+    Attributes:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      shampoo_beta: decay of the factors.
+      eps: added to the square root of the second moment, before any bias correction.
+      normalize_grads: whether to divide an update by its root mean square.
+      correct_bias: whether to multiply an update by Adam's bias correction.
+      precision: precision of the products with bases.
+    """
+
+    b1: Array
+    b2: Array
+    shampoo_beta: Array
+    eps: Array
+    normalize_grads: bool = field(metadata={"static": True})
+    correct_bias: bool = field(metadata={"static": True})
+    precision: PrecisionLike = field(metadata={"static": True})
+
+
+def step_block(
+    grad: Array, accepted: Array, state: StackState, axes: Sequence[int], hyper: Hyperparameters
+) -> tuple[Array, StackState]:
+    """Updates the moments by one gradient and returns the update.
+
+    Factors and bases do not change. A rejected gradient changes nothing and returns a zero update.
+    The first accepted gradient also returns a zero update, as in the authors' code: it only fills
+    the factors.
+
+    Args:
+      grad: the block's gradient, `(*block)`, in the dtype of the statistics.
+      accepted: whether the gradient may enter the state, a boolean scalar.
+      state: the block's state.
+      axes: the preconditioned axes of the block, ascending.
+      hyper: the numbers of the step.
+
+    Returns:
+      The update, `(*block)`, to be scaled by the (negative) learning rate, and the new state.
+    """
+    applied = accepted & (state.accepted_gradients > 0)
+    bases = [basis.astype(grad.dtype) for basis in state.bases]
+    rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
+    mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
+    direction = adam_direction(mu, second_moment.estimate(nu), hyper)  # N'
+    scale = bias_correction(state.accepted_gradients, hyper) * normalization(direction, hyper)
+    scaled = direction * jnp.where(applied, scale, 0)
+    update = rotate_back(scaled, bases, axes, hyper.precision)  # N
+    return update, state._replace(
+        accepted_gradients=state.accepted_gradients + accepted,
+        mu=mu.astype(state.mu.dtype),
+        nu=nu,
+        age=state.age + applied,
+    )
+
+
+def is_acceptable(grad: Array, stored: Sequence[DTypeLike] = ()) -> Array:
+    """Whether a gradient may enter the statistics: it has no NaN, no infinity, and cannot overflow.
+
+    Every entry of the Gram matrices and of the squared rotated gradient is at most the gradient's
+    sum of squares, so this one number bounds them all. The factor 4 leaves room for rounding.
+
+    Args:
+      grad: the block's gradient, `(*block)`.
+      stored: the dtypes in which statistics are stored, where narrower than the gradient's.
+    """
+    largest = min(float(jnp.finfo(dtype).max) for dtype in (grad.dtype, *stored))
+    return jnp.sum(jnp.square(grad)) <= largest / 4
+
+
+def rotate(
+    x: Array, bases: Sequence[Array], axes: Sequence[int], precision: PrecisionLike = None
+) -> Array:
+    """Rotates `x` into the eigenbasis: `Q_L^T x Q_R`."""
+    for axis, basis in zip(axes, bases, strict=True):
+        x = multiply_along(basis.T, x, axis, precision)
+    return x
+
+
+def rotate_back(
+    x: Array, bases: Sequence[Array], axes: Sequence[int], precision: PrecisionLike = None
+) -> Array:
+    """Rotates `x` back from the eigenbasis: `Q_L x Q_R^T`."""
+    for axis, basis in zip(axes, bases, strict=True):
+        x = multiply_along(basis, x, axis, precision)
+    return x
+
+
+def average_moments(
+    mu: Array, nu: SecondMoment, rotated_grad: Array, applied: Array, hyper: Hyperparameters
+) -> tuple[Array, SecondMoment]:
+    """Averages the gradient into both moments where it is applied, all in the same coordinates.
+
+    Both results have the dtype of `nu`. The `where` keeps a rejected gradient's NaN out of them.
+    """
+    mu = mu.astype(rotated_grad.dtype)
+    new_mu = hyper.b1 * mu + (1 - hyper.b1) * rotated_grad
+    new_nu = second_moment.average(nu, rotated_grad, hyper.b2)
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), (new_mu, new_nu), (mu, nu))
+
+
+def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
+    """Adam's direction before bias correction; `eps` is added to the uncorrected root."""
+    has_size = nu > 0  # The root of 0 has no finite derivative.
+    root = jnp.where(has_size, jnp.sqrt(jnp.where(has_size, nu, 1)), 0)
+    return mu / (root + hyper.eps)
+
+
+def bias_correction(applied_update: Array, hyper: Hyperparameters) -> Array:
+    """The factor that corrects for both moments' start at zero, at applied update `s`.
+
+    Updates count from 1. The first accepted gradient is not applied, so `s` is the number of
+    gradients accepted before this one.
+    """
+    if not hyper.correct_bias:
+        return jnp.ones_like(hyper.b1)
+    step = jnp.maximum(applied_update, 1).astype(hyper.b1.dtype)  # 0 is no update; avoid 0 / 0.
+    return jnp.sqrt(1 - hyper.b2**step) / (1 - hyper.b1**step)
+
+
+def normalization(direction: Array, hyper: Hyperparameters) -> Array:
+    """The factor that gives a direction a root mean square of one, with `normalize_grads`.
+
+    A rotation preserves the root mean square, so the direction may be rotated or not.
+    """
+    if not hyper.normalize_grads:
+        return jnp.ones_like(hyper.b1)
+    largest = jnp.max(jnp.abs(direction))
+    scaled = direction / jnp.where(largest > 0, largest, 1)  # Squares of tiny entries underflow.
+    mean_square = jnp.mean(jnp.square(scaled))
+    # The root of 0 has no finite derivative.
+    root = jnp.sqrt(jnp.where(largest > 0, mean_square, 1))
+    return 1 / (1e-30 + largest * root)
+
+
+def average_factor(factor: Array, gram: Array, accepted: Array, beta: Array) -> Array:
+    """Averages a Gram matrix into its factor, `L` or `R`, where the gradient is accepted.
+
+    Both are `(d, d)`, or both folded.
+    """
+    return jnp.where(accepted, beta * factor + (1 - beta) * gram, factor)

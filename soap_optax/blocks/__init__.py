@@ -1,0 +1,32 @@
+"""From parameters to blocks and back on one device, planned from shapes alone.
+
+May import: `soap_optax.state`, JAX. Must never know: the equations, meshes and shardings, or when a
+basis is refreshed.
+"""
+
+from soap_optax.blocks.checks import check_state, is_placeholder, plan_of
+from soap_optax.blocks.gather import consecutive_slices, gather, scatter, slice_starts, split
+from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
+from soap_optax.blocks.plan import Group, Plan, Region
+from soap_optax.blocks.prefixes import broadcast_prefix
+from soap_optax.blocks.views import BlockOptions, Shape
+
+__all__ = [
+    "BlockOptions",
+    "Group",
+    "Plan",
+    "Region",
+    "Shape",
+    "broadcast_prefix",
+    "check_state",
+    "consecutive_slices",
+    "gather",
+    "is_placeholder",
+    "padding_sources",
+    "plan_of",
+    "repad",
+    "scatter",
+    "slice_starts",
+    "split",
+    "take_or_zero",
+]

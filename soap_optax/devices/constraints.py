@@ -1,0 +1,148 @@
+"""Sharding constraints that make XLA reshard an array over one mesh axis after another.
+
+In a single constraint, or without one array axis for each mesh axis, XLA would gather the array on
+every device wherever another array axis is already sharded over one of the mesh axes.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from soap_optax.devices.mesh import mesh_axes, mesh_axis_lengths
+
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
+
+# The sharding of one array axis, reshaped to one axis for each mesh axis and a remainder: for each
+# of these a mesh axis, or None (replicated), or UNCONSTRAINED (XLA chooses).
+AxisSpec = tuple[Any, ...]
+
+
+def shard(array: Array, sharding: NamedSharding) -> Array:
+    """The array, sharded along axis 0."""
+    return lax.with_sharding_constraint(array, sharding)
+
+
+def replicate(array: Array, mesh: Any) -> Array:
+    """The array, replicated."""
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_axis(
+    array: Array,
+    axis: int,
+    sharding: NamedSharding,
+    *,
+    presharded: int = 0,
+    unknown: bool = False,
+) -> Array:
+    """Shards an axis of an array over all devices.
+
+    Args:
+      array: any array.
+      axis: the axis to shard.
+      sharding: the mesh axes to shard over, as a sharding of axis 0.
+      presharded: the number of these mesh axes that shard the axis already.
+      unknown: whether the axis may already be sharded over further mesh axes, which XLA knows.
+        Otherwise it is first replicated over them.
+    """
+    steps = _unsharding_steps(sharding, presharded, unknown)
+    return _constrain_stepwise(array, {axis: sharding}, reversed(steps))
+
+
+def unshard_axis(
+    array: Array,
+    axis: int,
+    sharding: NamedSharding,
+    *,
+    presharded: int = 0,
+    unknown: bool = False,
+) -> Array:
+    """Undoes `shard_axis`, with the same arguments."""
+    steps = _unsharding_steps(sharding, presharded, unknown)
+    return _constrain_stepwise(array, {axis: sharding}, steps)
+
+
+def move_sharding_to_axis_0(
+    array: Array, axis: int, sharding: NamedSharding, axis_sharding: NamedSharding
+) -> Array:
+    """Shards axis 0 of an array in place of another axis, which becomes replicated.
+
+    Args:
+      array: any array.
+      axis: the axis that is sharded.
+      sharding: the sharding that axis 0 gets.
+      axis_sharding: the sharding of the other axis: the same mesh axes, in any order.
+    """
+    steps = reversed(_moving_steps(sharding, axis_sharding))
+    return _constrain_stepwise(array, {0: sharding, axis: axis_sharding}, steps)
+
+
+def move_sharding_from_axis_0(
+    array: Array, axis: int, sharding: NamedSharding, axis_sharding: NamedSharding
+) -> Array:
+    """Undoes `move_sharding_to_axis_0`, with the same arguments."""
+    steps = _moving_steps(sharding, axis_sharding)
+    return _constrain_stepwise(array, {0: sharding, axis: axis_sharding}, steps)
+
+
+def permute_shards(array: Array, axis: int, sharding: NamedSharding) -> Array:
+    """Shards an axis that is sharded over all devices in another order: one permutation."""
+    spec: list[Any] = [None] * array.ndim  # No mesh axis is left for other axes.
+    spec[axis] = sharding.spec[0]
+    return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def _unsharding_steps(
+    sharding: NamedSharding, presharded: int, unknown: bool
+) -> list[tuple[AxisSpec]]:
+    """The shardings of an axis while it is unsharded over one mesh axis after another."""
+    constant, axes = mesh_axes(sharding)[:presharded], mesh_axes(sharding)[presharded:]
+    free = UNCONSTRAINED if unknown else None
+    return [
+        ((*constant, *[free] * (number - 1), *[None] * min(number, 1), *axes[number:], free),)
+        for number in range(len(axes) + 1)
+    ]
+
+
+def _moving_steps(
+    sharding: NamedSharding, axis_sharding: NamedSharding
+) -> list[tuple[AxisSpec, AxisSpec]]:
+    """The shardings of axis 0 and another axis while one mesh axis after another moves."""
+    names = mesh_axes(sharding)
+    return [
+        (
+            (*(None if name in names[:number] else name for name in names), None),
+            (
+                *(name if name in names[:number] else None for name in mesh_axes(axis_sharding)),
+                None,
+            ),
+        )
+        for number in range(len(names) + 1)
+    ]
+
+
+def _constrain_stepwise(
+    array: Array, shardings: Mapping[int, NamedSharding], steps: Iterable[tuple[AxisSpec, ...]]
+) -> Array:
+    """Constrains some axes of an array by one sharding after another; XLA chooses for the others.
+
+    Each constrained axis is reshaped to one axis for each mesh axis. Shardings over mesh axes that
+    no step uses stay as they are.
+    """
+    lengths = {axis % array.ndim: mesh_axis_lengths(given) for axis, given in shardings.items()}
+    mesh = next(iter(shardings.values())).mesh
+    shapes = [
+        [*lengths[axis], length // math.prod(lengths[axis])] if axis in lengths else [length]
+        for axis, length in enumerate(array.shape)
+    ]
+    reshaped = array.reshape(list(itertools.chain(*shapes)))
+    for step in steps:
+        names = dict(zip(lengths, step, strict=True))
+        specs = [names.get(axis, (UNCONSTRAINED,)) for axis in range(array.ndim)]
+        sharding = NamedSharding(mesh, PartitionSpec(*itertools.chain(*specs)))
+        reshaped = lax.with_sharding_constraint(reshaped, sharding)
+    return reshaped.reshape(array.shape)

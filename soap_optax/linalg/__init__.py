@@ -1,0 +1,39 @@
+"""Linear algebra of single matrices: products, decompositions, tests of orthonormality.
+
+May import: JAX only. Must never know: SOAP, stacks, parameter trees, meshes.
+"""
+
+from soap_optax.linalg.decompositions import (
+    descending_eigenvectors,
+    orthonormalize,
+    orthonormalize_by_cholesky,
+)
+from soap_optax.linalg.orthonormality import (
+    departure_from_orthonormality,
+    is_orthonormal,
+    largest_magnitude,
+    nearest_orthonormal,
+    off_diagonal_mass,
+    rayleigh_quotients,
+)
+from soap_optax.linalg.products import gram_matrix, matmul, multiply_along
+from soap_optax.linalg.triangle import fold, folded_like, folded_shape, unfolded
+
+__all__ = [
+    "departure_from_orthonormality",
+    "descending_eigenvectors",
+    "fold",
+    "folded_like",
+    "folded_shape",
+    "gram_matrix",
+    "is_orthonormal",
+    "largest_magnitude",
+    "matmul",
+    "multiply_along",
+    "nearest_orthonormal",
+    "off_diagonal_mass",
+    "orthonormalize",
+    "orthonormalize_by_cholesky",
+    "rayleigh_quotients",
+    "unfolded",
+]

@@ -1,0 +1,90 @@
+"""Decompositions of single matrices: QR, Cholesky QR and eigenvectors.
+
+LAPACK is called for one matrix at a time, under any transformation of the caller. Batched
+decompositions under a conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU
+programs slow to compile. `sequential_vmap` turns a batch into a loop. Such a loop has no reverse
+mode, and `stop_gradient` makes derivatives through an update take the bases as constants.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import sequential_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from soap_optax.linalg.householder import q_from_panels
+from soap_optax.linalg.orthonormality import nearest_orthonormal
+from soap_optax.linalg.products import gram_matrix
+
+# The length from which CPUs use the blocked QR: it takes two thirds of LAPACK's time at 512, two
+# fifths at 1024 and 2048, and the same time at 256.
+BLOCKED_FROM = 512
+
+
+@sequential_vmap
+def _qr(matrix: Array) -> Array:
+    if len(matrix) < BLOCKED_FROM:
+        return _qr_in_one(matrix)
+    return lax.platform_dependent(matrix, cpu=q_from_panels, default=_qr_in_one)
+
+
+def _qr_in_one(matrix: Array) -> Array:
+    return jnp.linalg.qr(matrix)[0]
+
+
+# TPUs have one operation for eigenvectors, Jacobi's method. JAX calls it up to a length of 256, and
+# a program that compiles for many minutes beyond that; this primitive calls it at every length. A
+# primitive can have a lowering for each platform. `lax.platform_dependent` lowers all its branches
+# for all platforms of an exported program, and CPUs do not have this method.
+_eigenvectors = Primitive("eigenvectors")
+_eigenvectors.def_impl(lambda matrix: lax.linalg.eigh(matrix)[0])  # Under `jax.disable_jit`.
+_eigenvectors.def_abstract_eval(lambda matrix: matrix)
+mlir.register_lowering(
+    _eigenvectors,
+    mlir.lower_fun(lambda matrix: lax.linalg.eigh(matrix)[0], multiple_results=False),
+)
+if hasattr(lax.linalg, "EighImplementation"):  # Delete the test when JAX 0.8 is dropped.
+    _by_jacobi = partial(lax.linalg.eigh, implementation=lax.linalg.EighImplementation.JACOBI)
+    mlir.register_lowering(
+        _eigenvectors,
+        mlir.lower_fun(lambda matrix: _by_jacobi(matrix)[0], multiple_results=False),
+        platform="tpu",
+    )
+
+
+@sequential_vmap
+def _eigh(matrix: Array) -> Array:
+    return _eigenvectors.bind(matrix)
+
+
+@sequential_vmap
+def _cholesky_qr(matrix: Array) -> Array:
+    lengths = jnp.linalg.norm(matrix, axis=0)
+    scaled = matrix / jnp.where(lengths > 0, lengths, 1)
+    lower = lax.linalg.cholesky(gram_matrix(scaled, 1), symmetrize_input=False)
+    return lax.linalg.triangular_solve(lower, scaled, lower=True, transpose_a=True)
+
+
+def orthonormalize(matrix: Array) -> Array:
+    """The `Q` of a QR decomposition of a square matrix, `(d, d)`, by Householder reflections."""
+    return _qr(lax.stop_gradient(matrix))
+
+
+def orthonormalize_by_cholesky(matrix: Array) -> Array:
+    """The same `Q` up to the signs of its columns, from the Cholesky factor of the Gram matrix.
+
+    The columns are first scaled to length one. The Gram matrix squares the condition number, which
+    costs orthonormality; Newton-Schulz iterations restore it. Without a Cholesky factor, or too far
+    from orthonormal for the iterations, the result is not orthonormal or not finite.
+
+    References:
+      Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
+    """
+    return nearest_orthonormal(_cholesky_qr(lax.stop_gradient(matrix)))
+
+
+def descending_eigenvectors(factor: Array) -> Array:
+    """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`."""
+    return _eigh(lax.stop_gradient(factor))[:, ::-1]

@@ -1,0 +1,97 @@
+"""The state before the first gradient."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from soap_optax.blocks import Group, Plan
+from soap_optax.linalg import folded_shape
+from soap_optax.state import LAYOUT_VERSION, AdamState, ScaleBySoapState, StackState
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How the state is stored. The fields are arguments of `scale_by_soap`.
+
+    A dtype that is wider than the dtype of the statistics has no effect.
+    """
+
+    mu_dtype: DTypeLike | None
+    preconditioner_dtype: DTypeLike | None
+    fold_factors: bool
+    factored: bool
+
+
+def initial_state(plan: Plan, storage: StorageOptions) -> ScaleBySoapState:
+    """The state before the first gradient: zero statistics, and the identity as every basis."""
+    state = ScaleBySoapState(
+        layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        stacks={name: _initial_stack(group, storage) for name, group in plan.stacks.items()},
+        adam={name: _initial_adam(group, storage) for name, group in plan.adam.items()},
+    )
+    return _hide_values(state)
+
+
+def placeholder_state() -> ScaleBySoapState:
+    """A state without leaves that mirror parameters, for `optax.tree_map_params`.
+
+    Blocks do not have the shapes of parameters, so `optax.tree_map_params` changes none of them.
+    """
+    leaf: Any = jnp.zeros((), jnp.int32)
+    return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, adam=leaf)
+
+
+def _hide_values(state: ScaleBySoapState) -> ScaleBySoapState:
+    """Hides from XLA that moments are zero and bases the identity, where `init` is traced.
+
+    XLA for CPUs in jaxlib 0.10 to 0.12 miscompiles products with long constants of zeros that it
+    fuses with later operations: the sum over a first update, which is zero, was NaN, or 1e37.
+    Concrete arrays are returned unchanged.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
+        return lax.optimization_barrier(state)
+    return state
+
+
+def _initial_stack(group: Group, storage: StorageOptions) -> StackState:
+    length, dtype = group.length, group.dtype
+    narrow = _narrower(storage.preconditioner_dtype, dtype)
+    axes = [group.block[axis] for axis in group.axes]
+    shapes = [folded_shape(d) if storage.fold_factors else (d, d) for d in axes]
+    if storage.factored:
+        nu = tuple(jnp.zeros((length, d), dtype) for d in group.block)
+    else:
+        nu = jnp.zeros((length, *group.block), dtype)
+    return StackState(
+        accepted_gradients=jnp.zeros(length, jnp.int32),
+        rejected_gradients=jnp.zeros(length, jnp.int32),
+        factors=tuple(jnp.zeros((length, *shape), narrow) for shape in shapes),
+        mu=jnp.zeros((length, *group.block), _narrower(storage.mu_dtype, dtype)),
+        nu=nu,
+        bases=tuple(jnp.tile(jnp.eye(d, dtype=narrow), (length, 1, 1)) for d in axes),
+        age=jnp.zeros(length, jnp.int32),
+        refreshes=jnp.zeros(length, jnp.int32),
+        rejected_refreshes=jnp.zeros(length, jnp.int32),
+    )
+
+
+def _initial_adam(group: Group, storage: StorageOptions) -> AdamState:
+    return AdamState(
+        accepted_gradients=jnp.zeros(group.blocks, jnp.int32),
+        rejected_gradients=jnp.zeros(group.blocks, jnp.int32),
+        mu=jnp.zeros(group.entries + group.padding, _narrower(storage.mu_dtype, group.dtype)),
+        nu=jnp.zeros(group.entries + group.padding, group.dtype),
+    )
+
+
+def _narrower(wanted: DTypeLike | None, statistics: DTypeLike) -> DTypeLike:
+    """The dtype to store in: the wanted one, unless it is wider than the statistics."""
+    if wanted is None or jnp.finfo(wanted).bits > jnp.finfo(statistics).bits:
+        return statistics
+    return wanted

@@ -1,0 +1,164 @@
+"""When the blocks of a stack are refreshed, and the conditionals and loops around a refresh."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+
+from soap_optax import algorithm
+from soap_optax.algorithm import EigenbasisState, RefreshRule
+from soap_optax.linalg import unfolded
+from soap_optax.state import StackState
+
+RefreshOrder = Literal["before_gradient", "after_gradient"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RefreshTiming:
+    """When blocks are refreshed.
+
+    Attributes:
+      frequency: the number of updates from one refresh of a block to the next, a scalar.
+      order: whether a refresh comes before or after the step's gradient enters the factors.
+      stagger: whether blocks have different phases in the refresh cycle.
+    """
+
+    frequency: Array
+    order: RefreshOrder = field(metadata={"static": True})
+    stagger: bool = field(metadata={"static": True})
+
+
+def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
+    """The phases of blocks in the refresh cycle, as fractions of the cycle, `(B,)`.
+
+    They are the fractional parts of multiples of the golden ratio. The phases of any consecutive
+    blocks are spread evenly, and so are those of a stack, of one device, and of small stacks one
+    after another.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)
+
+
+def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
+    """Whether each block is due for a refresh if its gradient is accepted, `(B,)`.
+
+    A block is due if it has factors and no basis yet, or `frequency` updates after its last refresh
+    was due. A staggered block waits for its phase in the cycle: from half a cycle after its last
+    refresh, and for one and a half cycles at most. So blocks return to their phases when the
+    frequency changes, and no block is forgotten while it keeps changing. A block that rejects its
+    gradient waits, so that its state does not change.
+
+    Args:
+      state: the state of the stack.
+      phases: the phases of the blocks in the refresh cycle, `(B,)`, from 0 to 1.
+      timing: the frequency, and whether to stagger.
+    """
+    frequency = timing.frequency
+    if timing.stagger:
+        offsets = jnp.floor(phases * frequency.astype(phases.dtype)).astype(jnp.int32)
+        offsets = jnp.minimum(offsets, frequency - 1)  # A phase near 1 may be rounded to 1.
+        in_phase = state.accepted_gradients % frequency == offsets
+        half = frequency // 2
+        is_old = in_phase & (state.age >= frequency - half) | (state.age - frequency >= half)
+    else:
+        is_old = state.age >= frequency
+    return (state.accepted_gradients > 0) & (is_old | (state.refreshes == 0))
+
+
+# Outside `jax.jit` a conditional is compiled again in every call, because its branches are new
+# functions in each call: seconds, where the step takes a millisecond.
+@partial(jax.jit, static_argnames=("axes", "lengths"))
+def refresh_if_due(
+    state: StackState,
+    due: Array,
+    axes: tuple[int, ...],
+    lengths: tuple[int, ...],
+    rule: RefreshRule,
+) -> StackState:
+    """Refreshes the bases of the blocks that are due.
+
+    Only factors, bases, moments and counters pass through the conditional; the branch without a
+    refresh returns them without a copy. Factors do not change, but are returned as well. Otherwise
+    XLA copies them in every step, because later operations overwrite them while the refresh may
+    still read them.
+
+    Args:
+      state: the state of the stack.
+      due: whether each block is due, `(B,)`.
+      axes: the preconditioned axes of the blocks, ascending.
+      lengths: the lengths of these axes.
+      rule: how to refresh.
+    """
+    old = EigenbasisState(**{name: getattr(state, name) for name in EigenbasisState._fields})
+    factors, new = lax.cond(
+        any_unbatched(due),
+        partial(_refresh_blocks, axes, lengths),
+        lambda _due, factors, old, _rule: (factors, old),
+        due,
+        state.factors,
+        old,
+        rule,
+    )
+    return state._replace(factors=factors, **new._asdict())
+
+
+def _refresh_blocks(
+    axes: Sequence[int],
+    lengths: Sequence[int],
+    due: Array,
+    factors: tuple[Array, ...],
+    states: EigenbasisState,
+    rule: RefreshRule,
+) -> tuple[tuple[Array, ...], EigenbasisState]:
+    """Loops over a stack and refreshes the blocks that are due."""
+    dtype = jax.tree.leaves(states.nu)[0].dtype
+    if rule.tolerance is not None:  # In a `shard_map` it then varies over devices, as blocks do.
+        tolerance = jnp.full_like(due[0], rule.tolerance, dtype=rule.tolerance.dtype)
+        rule = replace(rule, tolerance=tolerance)
+
+    def refresh(factors: tuple[Array, ...], state: EigenbasisState) -> EigenbasisState:
+        wide = tuple(
+            unfolded(factor, d).astype(dtype) for factor, d in zip(factors, lengths, strict=True)
+        )
+        return algorithm.refresh(state, wide, axes, rule)
+
+    def refresh_block_if_due(
+        states: EigenbasisState, block: tuple[Array, Array, tuple[Array, ...]]
+    ) -> tuple[EigenbasisState, None]:
+        number, due, factors = block
+        state = jax.tree.map(lambda stack: stack[number], states)
+        state = lax.cond(due, refresh, lambda _factors, state: state, factors, state)
+        return jax.tree.map(lambda stack, new: stack.at[number].set(new), states, state), None
+
+    # The states are carried and not scanned over, so that each block is written in place.
+    states, _ = lax.scan(refresh_block_if_due, states, (jnp.arange(len(due)), due, factors))
+    return lax.optimization_barrier(factors), states
+
+
+def any_unbatched(flags: Array) -> Array:
+    """Whether any flag is set, in this stack and in every other stack of an enclosing `vmap`.
+
+    A conditional on a batched predicate becomes a select, which would run every refresh in every
+    step. Inside the branch each block has its own conditional, so a predicate that is true for too
+    many stacks costs time and changes no result.
+    """
+    return _any(jnp.any(flags))
+
+
+@custom_vmap
+def _any(flag: Array) -> Array:
+    return flag
+
+
+@_any.def_vmap
+def _any_over_batch(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _any(jnp.any(flag)), False

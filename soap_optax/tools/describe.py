@@ -1,0 +1,188 @@
+"""Report how each parameter will be preconditioned, and its state size, from shapes alone."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soap_optax.alias import soap
+from soap_optax.blocks import BlockOptions, Plan, plan_of
+from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.transform import scale_by_soap
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterDescription:
+    """What happens to one parameter.
+
+    Attributes:
+      path: where it is in the tree, such as ``"layers/0/kernel"``.
+      shape: its shape.
+      dtype: its dtype.
+      blocks: its blocks, such as ``"4 x 384x512"``. ``"Adam"`` stands for those without a
+        preconditioned axis, and ``"nothing"`` for a parameter without entries.
+      axes: the preconditioned axes of its blocks, which are the parameter's own unless
+        ``merge_dims`` or ``dimension_numbers`` rearrange them.
+      state_bytes: its share of the optimizer's state.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: str
+    axes: tuple[int, ...]
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What happens to every parameter; `str` makes an aligned table of it.
+
+    Attributes:
+      rows: one for each parameter, in the order of `jax.tree.leaves`.
+      shared_bytes: state that belongs to no parameter, such as the count of calls.
+    """
+
+    rows: tuple[ParameterDescription, ...]
+    shared_bytes: int
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(math.prod(row.shape) for row in self.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """What `init` allocates, on all devices together."""
+        return sum(row.state_bytes for row in self.rows) + self.shared_bytes
+
+    def __str__(self) -> str:
+        table = [("parameter", "shape", "dtype", "blocks", "axes", "state bytes")]
+        for row in self.rows:
+            shape, axes = _shape_text(row.shape), ", ".join(map(str, row.axes))
+            cells = (row.path, shape, row.dtype.name, row.blocks, axes, f"{row.state_bytes:,}")
+            table.append(cells)
+        table.append(("shared", "", "", "", "", f"{self.shared_bytes:,}"))
+        table.append(("total", f"{self.entries:,}", "", "", "", f"{self.state_bytes:,}"))
+        return _aligned(table)
+
+
+def describe(params: Any, **options: Any) -> Description:
+    """Says what happens to each parameter: its blocks, preconditioned axes and bytes of state.
+
+    Only shapes and dtypes are looked at, and nothing is allocated. Blocks and bytes are those of
+    `init`, whose plan and state are made here as well, as shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, soap_optax
+      >>> params = {"bias": jnp.zeros(768), "kernel": jnp.zeros((768, 512))}
+      >>> print(soap_optax.describe(params, block_size=512))
+      parameter  shape    dtype    blocks       axes  state bytes
+      bias       768      float32  Adam                     6,152
+      kernel     768x512  float32  2 x 384x512  0, 1    9,699,368
+      shared                                                    8
+      total      393,984                                9,705,528
+
+    Args:
+      params: the parameters, as arrays or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape`
+        returns.
+      **options: arguments of `soap`, by name, so that one dictionary serves both. Those that do
+        not decide shapes change nothing here.
+
+    Returns:
+      A description to print, or to read row by row.
+
+    Raises:
+      TypeError: for an option that `soap` does not have, and where `scale_by_soap` raises it.
+      ValueError: where `scale_by_soap` raises it.
+    """
+    known = {name: option.default for name, option in inspect.signature(soap).parameters.items()}
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"describe takes the options of soap_optax.soap, which has no {name!r}; it has "
+                + ", ".join(known)
+            )
+    known |= options
+    optimizer = scale_by_soap(**{name: known[name] for name in _arguments_of(scale_by_soap)})
+    block_options = BlockOptions(**{name: known[name] for name in _arguments_of(BlockOptions)})
+    plan = plan_of(params, block_options, known["dimension_numbers"])
+    return _described(params, plan, jax.eval_shape(optimizer.init, params))
+
+
+def _described(params: Any, plan: Plan, state: Any) -> Description:
+    shares = _bytes_by_leaf(plan, state)
+    blocks: list[list[str]] = [[] for _ in shares]
+    axes: list[set[int]] = [set() for _ in shares]
+    for group in plan.stacks.values():
+        for region in group.regions:
+            count, block = math.prod(region.tiles), _shape_text(region.block)
+            blocks[region.leaf].append(f"{count} x {block}")
+            axes[region.leaf].update(group.axes)
+    for group in plan.adam.values():
+        for region in group.regions:
+            blocks[region.leaf].append("Adam")
+    rows = tuple(
+        ParameterDescription(
+            path=jax.tree_util.keystr(path, simple=True, separator="/") or "(root)",
+            shape=jnp.shape(leaf),
+            dtype=jnp.result_type(leaf),
+            blocks=" + ".join(blocks[number]) or "nothing",
+            axes=tuple(sorted(axes[number])),
+            state_bytes=shares[number],
+        )
+        for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+    )
+    return Description(rows, shared_bytes=_bytes(state) - sum(shares))
+
+
+def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
+    """Divides the stacks by blocks, and the vectors of moments by entries."""
+    shares = [0] * len(plan.shapes)
+    for name, group in plan.stacks.items():
+        bytes_per_block = _bytes_of_a_block(state.stacks[name])
+        for region in group.regions:
+            shares[region.leaf] += math.prod(region.tiles) * bytes_per_block
+    for name, group in plan.adam.items():
+        per_tile, per_entry = _bytes_of_a_tile_and_an_entry(state.adam[name])
+        for region in group.regions:
+            tiles, entries = math.prod(region.tiles), math.prod(region.tiles + region.tile)
+            shares[region.leaf] += tiles * per_tile + entries * per_entry
+    return shares
+
+
+def _bytes_of_a_block(stack: StackState) -> int:
+    return _bytes(stack) // stack.age.size
+
+
+def _bytes_of_a_tile_and_an_entry(adam: AdamState) -> tuple[int, int]:
+    counters = (adam.accepted_gradients, adam.rejected_gradients)
+    moments = (adam.mu, adam.nu)
+    return sum(a.dtype.itemsize for a in counters), sum(a.dtype.itemsize for a in moments)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _arguments_of(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    """Pads every column to its widest cell; the last one is flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for *cells, last in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        lines.append("  ".join([*padded, last.rjust(widths[-1])]))
+    return "\n".join(lines)

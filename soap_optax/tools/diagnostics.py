@@ -1,0 +1,238 @@
+"""How well an optimizer's state is doing, as scalars for a logger. Nothing here changes a state.
+
+Every equation takes one factor `L` and its basis `Q`, both `(d, d)`, and no decomposition. All
+products state the highest precision: what they measure is as small as a TF32 product's error.
+"""
+
+import functools
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import Precision
+from jax.typing import ArrayLike
+
+from soap_optax.algorithm import second_moment_estimate
+from soap_optax.linalg import (
+    departure_from_orthonormality,
+    largest_magnitude,
+    off_diagonal_mass,
+    rayleigh_quotients,
+    unfolded,
+)
+from soap_optax.state import AdamState, ScaleBySoapState, StackState
+
+
+def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
+    r"""Gives scalars that say how an optimizer's state is doing, for a logger.
+
+    For each kind of block, such as ``"512x2048"``:
+
+    - ``soap/512x2048/off_diagonal_mass``: how far the bases are from the factors' eigenvectors,
+      :math:`\|B - \mathrm{diag}(B)\|_F / \|B\|_F` of :math:`B = Q^\top L Q`. It is 0 in the
+      eigenbasis and at most 1.
+    - ``soap/512x2048/departure_from_orthonormality``: the largest entry of
+      :math:`|Q^\top Q - I|`. A refresh whose result exceeds the square root of the machine epsilon
+      (3.5e-4 in float32) is refused. Bases that are stored in bfloat16 are rounded afterwards, to
+      about 4e-3.
+    - ``soap/512x2048/condition_number``: the largest entry of the diagonal of :math:`B` over the
+      smallest. These Rayleigh quotients are the eigenvalues where the off-diagonal mass is 0, and
+      lie between the smallest and the largest elsewhere, so that the true condition number is no
+      smaller. What exceeds the inverse of the machine epsilon (8.4e6 in float32) is rounding and
+      is reported as that bound; a factor that is still zero, as 1.
+    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`, over the
+      entries whose :math:`\sqrt{V'}` is more than rounding, the machine epsilon times the block's
+      largest; 0 where there are none. It is the size of an update before ``eps``, bias correction,
+      ``normalize_grads``, weight decay and learning rate, none of which the state knows.
+
+    The first three are the largest over the factors of the first `sample` blocks; the fourth is of
+    all blocks, and also given for the parameters with no preconditioned axis, as
+    ``soap/adam/direction_rms``. For all blocks and parameters together:
+
+    - ``soap/age``: the largest number of updates since a block's last refresh was due.
+    - ``soap/refreshes``: bases adopted so far, summed over the blocks.
+    - ``soap/rejected_refreshes``: refreshes refused so far, summed over the blocks.
+    - ``soap/rejected_gradients``: gradients refused so far, summed over blocks and ravelled
+      parameters.
+
+    The two products for each factor take :math:`4 (m^3 + n^3)` operations for a sampled block of
+    shape `(m, n)`; a step takes :math:`6 m n (m + n)` for every block.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, soap_optax
+      >>> optimizer = soap_optax.soap(3e-3)
+      >>> @jax.jit
+      ... def step(grads, state, params):
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     return updates, state, soap_optax.diagnostics(state)
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> _, state, scalars = step(params, optimizer.init(params), params)
+      >>> int(scalars["soap/rejected_gradients"])
+      0
+
+    Args:
+      state: the state of any Optax transformation that has a `ScaleBySoapState` somewhere inside.
+        Where there are several, as under `optax.partition`, the keys begin with ``soap_0/``,
+        ``soap_1/`` and so on, in the order of the tree.
+      sample: how many blocks of each kind to multiply, the first ones; None means all.
+
+    Returns:
+      Scalars by name, float32 or int32.
+
+    Raises:
+      ValueError: where `state` has no `ScaleBySoapState` inside, or `sample` is less than 1.
+      TypeError: where `sample` is not an integer.
+    """
+    _check_sample(sample)
+    states = [
+        _arrays_of(node) for node in jax.tree.leaves(state, is_leaf=_is_soap) if _is_soap(node)
+    ]
+    if not states:
+        raise ValueError(
+            f"state must have a ScaleBySoapState inside, got {type(state).__name__}; pass the "
+            "whole state that the optimizer's init or update returned"
+        )
+    prefixes = ["soap"] if len(states) == 1 else [f"soap_{n}" for n in range(len(states))]
+    return {
+        f"{prefix}/{name}": scalar
+        for prefix, soap_state in zip(prefixes, states, strict=True)
+        for name, scalar in _scalars_of(soap_state, sample).items()
+    }
+
+
+def condition_number(quotients: Array) -> Array:
+    """The largest Rayleigh quotient over the smallest, where that can be told from rounding."""
+    largest = jnp.max(quotients)
+    smallest_over_largest = jnp.min(quotients) / jnp.where(largest > 0, largest, 1)
+    ratio = 1 / jnp.maximum(smallest_over_largest, jnp.finfo(quotients.dtype).eps)
+    # Neither a comparison nor, on CPUs, a maximum of many numbers tells of a NaN.
+    return jnp.where(jnp.any(jnp.isnan(quotients)), jnp.nan, jnp.where(largest > 0, ratio, 1))
+
+
+def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
+    """The root mean square of `M' / sqrt(V')` over the entries that `_direction` counts."""
+    squares, entries = _direction(mu, root, rounding)
+    return jnp.sqrt(squares / jnp.maximum(entries, 1))
+
+
+def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Array]:
+    """The sum of squares of `M' / sqrt(V')`, and how many entries are in it.
+
+    Where a factor has null directions, as where some rows never have a gradient, both moments are
+    made of rounding alone: `eps` keeps them out of an update, and `rounding` out of the sum.
+    """
+    counts = ~(root <= rounding)  # With a NaN, which is to show.
+    direction = jnp.where(counts, mu.astype(root.dtype) / jnp.where(counts, root, 1), 0)
+    return jnp.sum(jnp.square(direction)), jnp.sum(counts)
+
+
+def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
+    stacks, vectors = list(state.stacks.values()), list(state.adam.values())
+    scalars = {
+        f"{kind}/{name}": scalar
+        for kind, stack in state.stacks.items()
+        for name, scalar in _scalars_of_stack(stack, sample).items()
+    }
+    if vectors:
+        scalars["adam/direction_rms"] = _rms_of_vectors(vectors)
+    return scalars | {
+        "age": functools.reduce(jnp.maximum, [jnp.max(s.age) for s in stacks], jnp.int32(0)),
+        "refreshes": _total([stack.refreshes for stack in stacks]),
+        "rejected_refreshes": _total([stack.rejected_refreshes for stack in stacks]),
+        "rejected_gradients": _total([part.rejected_gradients for part in [*stacks, *vectors]]),
+    }
+
+
+def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]:
+    worst = functools.reduce(
+        functools.partial(jax.tree.map, jnp.maximum),
+        [
+            jax.tree.map(
+                largest_magnitude, jax.vmap(_scalars_of_factor)(*_sampled(pair, stack, sample))
+            )
+            for pair in zip(stack.factors, stack.bases, strict=True)
+        ],
+    )
+    # A state that was made under `vmap` has more leading axes than that of the blocks.
+    mu, nu = jax.tree.map(
+        lambda array: array.reshape(stack.age.size, *array.shape[stack.age.ndim :]),
+        (stack.mu, stack.nu),
+    )
+    root = jnp.sqrt(jax.vmap(second_moment_estimate)(nu))
+    of_block = tuple(range(1, root.ndim))
+    rounding = jnp.finfo(root.dtype).eps * jnp.max(root, axis=of_block, keepdims=True)
+    scalars = worst | {"direction_rms": direction_rms(mu, root, rounding)}
+    return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
+
+
+def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
+    wide = jnp.promote_types(factor.dtype, jnp.float32)
+    factor, basis = unfolded(factor, len(basis)).astype(wide), basis.astype(wide)
+    product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
+    return {
+        "off_diagonal_mass": off_diagonal_mass(product, basis),
+        "departure_from_orthonormality": departure_from_orthonormality(basis),
+        "condition_number": condition_number(rayleigh_quotients(product, basis)),
+    }
+
+
+def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
+    """The factors and bases of the first blocks, `(sample, d, d)`."""
+    places = stack.age.size
+    stacked = [array.reshape(places, *array.shape[-2:]) for array in pair]
+    if sample is None or sample >= places:
+        return stacked
+    gradients = stack.accepted_gradients + stack.rejected_gradients
+    # Padding never had a gradient, and comes last in this order.
+    order = jnp.argsort(_unsharded(gradients.ravel()) == 0)
+    return [_taken(array, order[:sample]) for array in stacked]
+
+
+def _unsharded(array: Array) -> Array:
+    """The array, whole on every device of an explicit mesh."""
+    sharding = jax.typeof(array).sharding
+    if not any(sharding.spec):
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=jax.P()))
+
+
+def _taken(array: Array, places: Array) -> Array:
+    """Some blocks of a stack, on every device."""
+    sharding = jax.typeof(array).sharding
+    if sharding.spec[0] is None:
+        return array[places]
+    # Where an explicit mesh shards the stack, JAX has to be told the result's sharding.
+    unsharded = sharding.update(spec=jax.P(None, *sharding.spec[1:]))
+    return array.at[places].get(out_sharding=unsharded)
+
+
+def _rms_of_vectors(vectors: Sequence[AdamState]) -> Array:
+    """The root mean square of the direction over several vectors, which no basis ever rounds."""
+    sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
+    squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
+    return jnp.sqrt(squares / jnp.maximum(sum(entries for _, entries in sums), 1))
+
+
+def _total(counters: Sequence[Array]) -> Array:
+    return sum((jnp.sum(counter, dtype=jnp.int32) for counter in counters), jnp.int32(0))
+
+
+def _is_soap(node: Any) -> bool:
+    return isinstance(node, ScaleBySoapState)
+
+
+def _arrays_of(state: ScaleBySoapState) -> ScaleBySoapState:
+    """The state with plain arrays: `flax.nnx.Optimizer` makes a variable of every one of them."""
+    return jax.tree.map(jnp.asarray, state, is_leaf=lambda node: hasattr(node, "__jax_array__"))
+
+
+def _check_sample(sample: Any) -> None:
+    if sample is None:
+        return
+    if isinstance(sample, bool) or not isinstance(sample, numbers.Integral):
+        raise TypeError(f"sample must be None or an integer of at least 1, got {sample!r}")
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, got {sample}; None takes all blocks")
