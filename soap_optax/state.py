@@ -57,7 +57,7 @@ class StackState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """State of leaves without a preconditioner: those that share a bucket, or one large leaf.
+    """State of leaves without a preconditioner: the leaves of a bucket, or one large leaf.
 
     Attributes:
       accepted_gradients: number of gradients accepted so far, `(L,)`. The first one moves nothing.

@@ -1,7 +1,7 @@
 """A small kit for drawing diagrams as SVG text: boxes, labels, arrows, in light and in dark colors.
 
-A drawing has a background of its own, so that it stays readable where a page's theme and the
-reader's system disagree. Fonts differ between readers: leave room around labels.
+Every drawing has a background, so that it stays readable if the theme of a page and the system of
+the reader disagree. Fonts differ between readers: leave room around labels.
 """
 
 import re
@@ -62,7 +62,7 @@ class Canvas:
     def box(
         self, x: float, y: float, width: float, height: float, style: str, lines: Sequence[str]
     ) -> None:
-        """Draws a rectangle with lines in its middle, of which the first is bold."""
+        """Draws a rectangle with lines in its middle; the first line is bold."""
         self.rectangle(x, y, width, height, style)
         first = y + height / 2 - 10.5 * (len(lines) - 1) + 5
         for number, line in enumerate(lines):

@@ -40,9 +40,9 @@ def chunk_length(length: int) -> int:
 def scheduled_chunks(length: int, refreshes: Array) -> Array:
     """The first columns of the chunks that a partial refresh rotates, `(2,)` or `(1,)`.
 
-    28 refreshes meet every pair of chunks. Where eight chunks do not cover all columns, the
-    uncovered columns form a gap: after the last chunk in the first round, and one chunk earlier in
-    each following round, so that every pair of columns meets within five rounds.
+    28 refreshes meet every pair of chunks. Where eight chunks do not cover all columns, the others
+    form a gap. It is after the last chunk in the first round, and one chunk earlier in each
+    following round. So every pair of columns meets within five rounds.
 
     Args:
       length: the number of columns of the basis.

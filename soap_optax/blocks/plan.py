@@ -1,4 +1,4 @@
-"""The plan of a tree: which block of which leaf belongs to which stack, from shapes alone.
+"""The plan of a tree: it assigns the blocks of all leaves to stacks, from shapes alone.
 
 A leaf is viewed as it is, merged, or as a batch of matrices (`views`), then cut into rectangular
 regions of equal tiles, and each tile is a block. Blocks of equal shape form one stack, so the

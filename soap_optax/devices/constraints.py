@@ -1,7 +1,8 @@
 """Sharding constraints that make XLA reshard an array over one mesh axis after another.
 
-In a single constraint, or without one array axis for each mesh axis, XLA would gather the array on
-every device wherever another array axis is already sharded over one of the mesh axes.
+With a single constraint, XLA would gather the array on every device if another array axis is
+already sharded over one of these mesh axes. Without one array axis for each mesh axis, it would
+gather the array as well.
 """
 
 import itertools

@@ -19,7 +19,7 @@ AxesSpec = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class LeafShardings:
-    """What is known about the shardings of the leaves of a tree.
+    """The known shardings of the leaves of a tree.
 
     Attributes:
       hints: the sharding that `param_shardings` specifies for each leaf, or None.
@@ -65,8 +65,8 @@ def leaf_shardings(
       auto_mesh: the same mesh with automatic axes.
 
     Raises:
-      TypeError, ValueError: if `param_shardings` is not a prefix of the tree, or an entry is not a
-        sharding of its leaf on this mesh; if a leaf has explicit axes of another mesh.
+      TypeError, ValueError: if `param_shardings` is not a prefix of the tree, an entry is not a
+        sharding of its leaf on this mesh, or a leaf has explicit axes of another mesh.
     """
     if callable(param_shardings):
         param_shardings = param_shardings(tree)

@@ -1,7 +1,7 @@
 """Routes: how the blocks of a group are resharded between leaves and stacks.
 
-By default, leaves are resharded whole: once for each block shape, if all leaves of that shape are
-sharded the same way, along axes of their blocks or not at all.
+Leaves are resharded whole, once for each block shape, if all leaves of that shape are sharded the
+same way, along axes of their blocks or not at all.
 
 Other leaves are resharded twice, as slices. A leaf that is sharded along a tiled axis has whole
 tiles on each device, or a part of one, but not the tiles that the stack needs there. So all blocks
@@ -52,9 +52,9 @@ class Routes:
     def of_stack(self, group: Group) -> Route:
         """The route of a stack's blocks.
 
-        Slices, if an axis of a leaf with several blocks is sharded, or may be; if leaves are
-        sharded in several ways; and if there were as much padding as blocks. Otherwise whole
-        leaves, and also where slices would not be equal.
+        Slices are the route in three cases. An axis of a leaf with several blocks is sharded, or
+        may be. Leaves are sharded in several ways. Or there would be as much padding as blocks.
+        Otherwise, and if slices would not be equal, leaves are resharded whole.
         """
         shards = shard_count(self.sharding)
         if shards == 1 or math.prod(group.block) % shards:

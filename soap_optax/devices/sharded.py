@@ -48,7 +48,7 @@ class Sharded:
     """The layout with `stack_sharding`: every device holds whole blocks of every stack.
 
     Gradients are resharded from leaves to stacks, and updates from stacks to leaves. Each block
-    shape takes a route of its own (`routes`).
+    shape has its own route (`routes`).
     """
 
     def __init__(

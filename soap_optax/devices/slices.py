@@ -120,10 +120,10 @@ def _first_axis(
 ) -> tuple[int, Sequence[str]]:
     """The axis of a tile that shards evenly over most devices, and the finer mesh axes it takes.
 
-    It is the first such axis of the tile, from the end. The mesh axes compose whole axes of the
-    mesh, the last ones: parameters are most often sharded over these. If that gives more devices,
-    they are instead the last parts of one mesh axis: a leaf that is sharded over all of this axis
-    is sharded from tile to tile over its first parts.
+    It is the first such axis of the tile. The finer axes compose whole mesh axes, if possible the
+    last ones: parameters are most often sharded over these. The last parts of one mesh axis are
+    taken instead if they give more devices. A leaf that is sharded over all of this mesh axis is
+    sharded from tile to tile over the first parts.
 
     Args:
       block: the shape of a tile.

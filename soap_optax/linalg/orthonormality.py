@@ -63,8 +63,8 @@ def probed_departure(basis: Array) -> Array:
     """Estimates the size of `E = Q^T Q - I` by its products with a few vectors of signs `s`.
 
     All of `E` would cost as many operations as one product of a refresh; `E s` costs `O(d^2)`.
-    Each vector detects an entry `E_ij` above a tolerance with a probability of at least one half:
-    flipping the sign of `s_j` changes `(E s)_i` by more than twice the tolerance, so at most one of
+    Each vector detects an entry `E_ij` above a tolerance with a probability of at least one half.
+    Flipping the sign of `s_j` changes `(E s)_i` by more than twice the tolerance. So at most one of
     the two values is within it. An entry that large goes undetected once in `2^16`. In float32, the
     rounding errors of a sound basis of 10,000 columns add up to 2.5e-5. Small bases are multiplied
     out instead.

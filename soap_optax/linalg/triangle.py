@@ -1,8 +1,8 @@
 """Symmetric matrices in packed storage: the lower triangle, folded into a rectangle.
 
 Row `i` of the lower triangle has `i + 1` entries and row `d - 1 - i` has `d - i`. Together they
-have `d + 1` entries for every `i`, so both share one row of a `(ceil(d / 2), d + 1)` rectangle: the
-longer row from the left, the shorter one reversed at the right end.
+have `d + 1` entries for every `i`, so both share one row of a `(ceil(d / 2), d + 1)` rectangle. The
+longer row starts at the left; the shorter one is reversed at the right end.
 """
 
 import jax.numpy as jnp

@@ -50,8 +50,8 @@ def placeholder_state() -> ScaleBySoapState:
 def _hide_values(state: ScaleBySoapState) -> ScaleBySoapState:
     """Hides from XLA that moments are zero and bases the identity, where `init` is traced.
 
-    XLA for CPUs in jaxlib 0.10 to 0.12 miscompiles products with long constants of zeros that it
-    fuses with later operations: the sum over a first update, which is zero, was NaN, or 1e37.
+    In jaxlib 0.10 to 0.12, XLA for CPUs miscompiles products with long constants of zeros that it
+    fuses with later operations. The sum over a first update, which is zero, was NaN, or 1e37.
     Concrete arrays are returned unchanged.
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):

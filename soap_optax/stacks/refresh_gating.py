@@ -39,9 +39,8 @@ class RefreshTiming:
 def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
     """The phases of blocks in the refresh cycle, as fractions of the cycle, `(B,)`.
 
-    They are the fractional parts of multiples of the golden ratio. The phases of any consecutive
-    blocks are spread evenly, and so are those of a stack, of one device, and of small stacks one
-    after another.
+    They are the fractional parts of multiples of the golden ratio. So the phases of consecutive
+    blocks are spread evenly: in a stack, on one device, and over several small stacks.
     """
     golden = (math.sqrt(5) - 1) / 2
     return np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model, the optimizer and the layout at hand, told leaf by leaf."""
+"""Checks a checkpoint against the model, the optimizer and the state layout, leaf by leaf."""
 
 from typing import Any
 
@@ -11,13 +11,12 @@ from soap_optax.state import LAYOUT_VERSION
 
 
 def check_checkpoint(checkpoint: Any, expected: Any) -> None:
-    """Raises where a checkpoint does not fit the model and the optimizer, and says which leaf.
+    """Raises if a checkpoint does not fit the model and the optimizer, and names the leaf.
 
-    Before a checkpoint is read, hand in what it says of its leaves, such as Orbax's metadata. After
-    that, and outside of `jax.jit`, hand in what was restored: only then there are values, and the
-    version of the state's layout is compared. Both may be the whole training state or a part of it.
-    The whole is better: blocks of equal shape share a stack in the order of the parameters, whose
-    names only the parameters themselves have.
+    Before a restore, pass the checkpoint's metadata, such as Orbax's. After it, and outside of
+    `jax.jit`, pass the restored arrays: only their values include the layout version. Both
+    arguments may be the whole training state or the same part of it. Prefer the whole: a stack
+    holds blocks in the order of the parameters, and only the parameters have names.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -29,27 +28,26 @@ def check_checkpoint(checkpoint: Any, expected: Any) -> None:
       >>> soap_optax.check_checkpoint(restored, jax.eval_shape(lambda: training_state(3)))
 
     Args:
-      checkpoint: a tree whose leaves are arrays, or have a `shape` and a `dtype`. Instead of named
-        tuples it may have dicts, and instead of tuples lists, as where Orbax restores without a
-        target: paths are compared, not types.
-      expected: the same part of the training state as the program at hand would make it, as arrays
-        or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape` returns. A leaf that is a number of
-        Python's may have any dtype, and of a `jax.random.key` only the path is compared, because
-        stored keys are plain integers.
+      checkpoint: a tree whose leaves are arrays, or have a `shape` and a `dtype`. Paths are
+        compared, not types: dicts may replace named tuples, and lists tuples, as in a restore by
+        Orbax without a target.
+      expected: the same part of the training state as this program makes it, as arrays or as
+        `jax.ShapeDtypeStruct`, such as `jax.eval_shape` returns. A Python number matches any dtype.
+        For a `jax.random.key` only the path is compared, because stored keys are plain integers.
 
     Raises:
-      ValueError: where a SOAP state has a layout version other than this package's, or a leaf has
-        another shape or dtype, is missing, or should not be there.
+      ValueError: if a SOAP state has a layout version other than this package's, or a leaf has
+        another shape or dtype, is missing, or is not expected.
     """
     found, wanted = _leaves_by_path(checkpoint), _leaves_by_path(expected)
     for path, leaf in found.items():
         if _is_version(path, leaf) and np.any(np.asarray(leaf) != LAYOUT_VERSION):
             raise ValueError(
-                f"checkpoint must have layout version {LAYOUT_VERSION}, the one that this "
-                f"soap_optax reads, got {np.asarray(leaf)} at {path}; restore it with the version "
-                "of soap_optax that wrote it, or see the changelog for how to convert it"
+                f"checkpoint must have layout version {LAYOUT_VERSION}, which this soap_optax "
+                f"reads, got {np.asarray(leaf)} at {path}; restore it with the version of "
+                "soap_optax that wrote it, or see the changelog for how to convert it"
             )
-    # Parameters tend to come last, and the state that follows from them first: name both ends.
+    # Parameters tend to come after the state that depends on them, so name the first and the last.
     differing = [path for path in found if path not in wanted]
     differing += [
         path for path, leaf in wanted.items() if path not in found or not _agrees(found[path], leaf)
@@ -63,7 +61,7 @@ def check_checkpoint(checkpoint: Any, expected: Any) -> None:
             "checkpoint must have the leaves of expected, got "
             + first
             + (f" (and {len(others)} more, the last {others[-1]})" if others else "")
-            + "; likely it is of another model or another layout version, or was written with "
+            + "; likely it has another model or another layout version, or was written with "
             "another block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers, "
             "one_sided, factored, fold_factors, mu_dtype, preconditioner_dtype or stack_multiple "
             "(which is the number of shards of stack_sharding where it is not given): use those of "
@@ -79,17 +77,17 @@ def _leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def _is_version(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a SOAP state's layout version, and has a value to compare."""
+    """Whether a leaf is a SOAP state's layout version and has a value."""
     has_value = isinstance(leaf, (jax.Array, np.ndarray, np.generic, int))
-    # `flax.nnx` goes on after the name, because it makes a variable of every array.
+    # In `flax.nnx` the path continues after the name: every array is in a variable.
     return "layout_version" in path.split("/") and has_value and not isinstance(leaf, Tracer)
 
 
 def _agrees(found: Any, wanted: Any) -> bool:
-    """Whether a leaf has the shape and dtype that are wanted, as far as a checkpoint keeps them."""
+    """Whether a leaf has the expected shape and dtype, as far as a checkpoint stores them."""
     dtype = getattr(wanted, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended):
-        return True  # A random key: what is stored is its data.
+        return True  # A random key is stored as its data.
     if np.shape(found) != np.shape(wanted):
         return False
     has_fixed_dtype = dtype is not None and not getattr(wanted, "weak_type", False)

@@ -18,17 +18,17 @@ from soap_optax.transform import scale_by_soap
 
 @dataclasses.dataclass(frozen=True)
 class ParameterDescription:
-    """What happens to one parameter.
+    """How one parameter is preconditioned.
 
     Attributes:
-      path: where it is in the tree, such as ``"layers/0/kernel"``.
+      path: its path in the tree, such as ``"layers/0/kernel"``.
       shape: its shape.
       dtype: its dtype.
-      blocks: its blocks, such as ``"4 x 384x512"``. ``"Adam"`` stands for those without a
-        preconditioned axis, and ``"nothing"`` for a parameter without entries.
-      axes: the preconditioned axes of its blocks, which are the parameter's own unless
+      blocks: its blocks, such as ``"4 x 384x512"``. ``"Adam"`` means no preconditioner, and
+        ``"nothing"`` a parameter without entries.
+      axes: the preconditioned axes of its blocks. They are the parameter's own axes unless
         ``merge_dims`` or ``dimension_numbers`` rearrange them.
-      state_bytes: its share of the optimizer's state.
+      state_bytes: its share of the optimizer's state, in bytes.
     """
 
     path: str
@@ -41,11 +41,11 @@ class ParameterDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What happens to every parameter; `str` makes an aligned table of it.
+    """How every parameter is preconditioned; `str` returns an aligned table.
 
     Attributes:
-      rows: one for each parameter, in the order of `jax.tree.leaves`.
-      shared_bytes: state that belongs to no parameter, such as the count of calls.
+      rows: one row for each parameter, sorted as `jax.tree.leaves` sorts.
+      shared_bytes: bytes of state that belong to no parameter, such as the count of calls.
     """
 
     rows: tuple[ParameterDescription, ...]
@@ -53,12 +53,12 @@ class Description:
 
     @property
     def entries(self) -> int:
-        """How many numbers the parameters hold."""
+        """The number of entries of all parameters."""
         return sum(math.prod(row.shape) for row in self.rows)
 
     @property
     def state_bytes(self) -> int:
-        """What `init` allocates, on all devices together."""
+        """The bytes that `init` allocates, on all devices together."""
         return sum(row.state_bytes for row in self.rows) + self.shared_bytes
 
     def __str__(self) -> str:
@@ -73,10 +73,10 @@ class Description:
 
 
 def describe(params: Any, **options: Any) -> Description:
-    """Says what happens to each parameter: its blocks, preconditioned axes and bytes of state.
+    """Reports each parameter's blocks, preconditioned axes and bytes of state.
 
-    Only shapes and dtypes are looked at, and nothing is allocated. Blocks and bytes are those of
-    `init`, whose plan and state are made here as well, as shapes.
+    Reads shapes and dtypes only, and allocates nothing. Blocks and bytes are exact: they come from
+    the plan and the abstract state of `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -91,15 +91,15 @@ def describe(params: Any, **options: Any) -> Description:
     Args:
       params: the parameters, as arrays or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape`
         returns.
-      **options: arguments of `soap`, by name, so that one dictionary serves both. Those that do
-        not decide shapes change nothing here.
+      **options: arguments of `soap`, by name, so that one dictionary serves both. Options that do
+        not decide shapes have no effect.
 
     Returns:
       A description to print, or to read row by row.
 
     Raises:
-      TypeError: for an option that `soap` does not have, and where `scale_by_soap` raises it.
-      ValueError: where `scale_by_soap` raises it.
+      TypeError: for an option that `soap` does not have, and if `scale_by_soap` raises it.
+      ValueError: if `scale_by_soap` raises it.
     """
     known = {name: option.default for name, option in inspect.signature(soap).parameters.items()}
     for name in options:
@@ -142,7 +142,7 @@ def _described(params: Any, plan: Plan, state: Any) -> Description:
 
 
 def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
-    """Divides the stacks by blocks, and the vectors of moments by entries."""
+    """Each leaf's bytes: stacks are shared by blocks, and Adam's vectors by entries."""
     shares = [0] * len(plan.shapes)
     for name, group in plan.stacks.items():
         bytes_per_block = _bytes_of_a_block(state.stacks[name])

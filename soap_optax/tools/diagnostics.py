@@ -1,7 +1,7 @@
-"""How well an optimizer's state is doing, as scalars for a logger. Nothing here changes a state.
+"""Scalars for a logger that measure the health of an optimizer's state.
 
 Every equation takes one factor `L` and its basis `Q`, both `(d, d)`, and no decomposition. All
-products state the highest precision: what they measure is as small as a TF32 product's error.
+products use the highest precision: the measured errors are as small as those of a TF32 product.
 """
 
 import functools
@@ -27,36 +27,35 @@ from soap_optax.state import AdamState, ScaleBySoapState, StackState
 
 
 def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
-    r"""Gives scalars that say how an optimizer's state is doing, for a logger.
+    r"""Returns scalars for a logger that measure the health of an optimizer's state.
 
-    For each kind of block, such as ``"512x2048"``:
+    For each block shape, such as ``"512x2048"``:
 
-    - ``soap/512x2048/off_diagonal_mass``: how far the bases are from the factors' eigenvectors,
+    - ``soap/512x2048/off_diagonal_mass``: distance of the bases from the factors' eigenvectors,
       :math:`\|B - \mathrm{diag}(B)\|_F / \|B\|_F` of :math:`B = Q^\top L Q`. It is 0 in the
       eigenbasis and at most 1.
     - ``soap/512x2048/departure_from_orthonormality``: the largest entry of
-      :math:`|Q^\top Q - I|`. A refresh whose result exceeds the square root of the machine epsilon
-      (3.5e-4 in float32) is refused. Bases that are stored in bfloat16 are rounded afterwards, to
-      about 4e-3.
+      :math:`|Q^\top Q - I|`. A refresh is rejected if it exceeds the square root of the machine
+      epsilon (3.5e-4 in float32). Bases stored in bfloat16 are then rounded to about 4e-3.
     - ``soap/512x2048/condition_number``: the largest entry of the diagonal of :math:`B` over the
-      smallest. These Rayleigh quotients are the eigenvalues where the off-diagonal mass is 0, and
-      lie between the smallest and the largest elsewhere, so that the true condition number is no
-      smaller. What exceeds the inverse of the machine epsilon (8.4e6 in float32) is rounding and
-      is reported as that bound; a factor that is still zero, as 1.
-    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`, over the
-      entries whose :math:`\sqrt{V'}` is more than rounding, the machine epsilon times the block's
-      largest; 0 where there are none. It is the size of an update before ``eps``, bias correction,
-      ``normalize_grads``, weight decay and learning rate, none of which the state knows.
+      smallest. These Rayleigh quotients are the eigenvalues if the off-diagonal mass is 0.
+      Otherwise they are between the smallest and the largest eigenvalue, so the true condition
+      number is at least this large. Ratios beyond the inverse of the machine epsilon (8.4e6 in
+      float32) are rounding and reported as that bound. A zero factor is reported as 1.
+    - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`. It is the
+      size of an update before ``eps``, bias correction, ``normalize_grads``, weight decay and
+      learning rate, which the state does not contain. Entries count if their :math:`\sqrt{V'}`
+      exceeds rounding: the machine epsilon times the block's largest. 0 if none does.
 
-    The first three are the largest over the factors of the first `sample` blocks; the fourth is of
-    all blocks, and also given for the parameters with no preconditioned axis, as
-    ``soap/adam/direction_rms``. For all blocks and parameters together:
+    The first three are the largest over the factors of the first `sample` blocks. The fourth covers
+    all blocks; ``soap/adam/direction_rms`` is the same for parameters without a preconditioner. For
+    all blocks and parameters together:
 
     - ``soap/age``: the largest number of updates since a block's last refresh was due.
-    - ``soap/refreshes``: bases adopted so far, summed over the blocks.
-    - ``soap/rejected_refreshes``: refreshes refused so far, summed over the blocks.
-    - ``soap/rejected_gradients``: gradients refused so far, summed over blocks and ravelled
-      parameters.
+    - ``soap/refreshes``: number of bases adopted so far, summed over the blocks.
+    - ``soap/rejected_refreshes``: number of refreshes rejected so far, summed over the blocks.
+    - ``soap/rejected_gradients``: number of gradients rejected so far, summed over the blocks and
+      the parameters without a preconditioner.
 
     The two products for each factor take :math:`4 (m^3 + n^3)` operations for a sampled block of
     shape `(m, n)`; a step takes :math:`6 m n (m + n)` for every block.
@@ -74,17 +73,17 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
       0
 
     Args:
-      state: the state of any Optax transformation that has a `ScaleBySoapState` somewhere inside.
-        Where there are several, as under `optax.partition`, the keys begin with ``soap_0/``,
-        ``soap_1/`` and so on, in the order of the tree.
-      sample: how many blocks of each kind to multiply, the first ones; None means all.
+      state: the state of any Optax transformation with a `ScaleBySoapState` inside. With several,
+        as under `optax.partition`, the keys begin with ``soap_0/``, ``soap_1/`` and so on, in the
+        order of the tree.
+      sample: number of blocks of each shape to measure, from the first on; None means all.
 
     Returns:
       Scalars by name, float32 or int32.
 
     Raises:
-      ValueError: where `state` has no `ScaleBySoapState` inside, or `sample` is less than 1.
-      TypeError: where `sample` is not an integer.
+      ValueError: if `state` has no `ScaleBySoapState` inside, or `sample` is less than 1.
+      TypeError: if `sample` is not an integer.
     """
     _check_sample(sample)
     states = [
@@ -104,11 +103,11 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
 
 
 def condition_number(quotients: Array) -> Array:
-    """The largest Rayleigh quotient over the smallest, where that can be told from rounding."""
+    """The largest Rayleigh quotient over the smallest, bounded where the ratio is rounding."""
     largest = jnp.max(quotients)
     smallest_over_largest = jnp.min(quotients) / jnp.where(largest > 0, largest, 1)
     ratio = 1 / jnp.maximum(smallest_over_largest, jnp.finfo(quotients.dtype).eps)
-    # Neither a comparison nor, on CPUs, a maximum of many numbers tells of a NaN.
+    # A comparison ignores NaN, and so does a maximum of many numbers on CPUs.
     return jnp.where(jnp.any(jnp.isnan(quotients)), jnp.nan, jnp.where(largest > 0, ratio, 1))
 
 
@@ -119,12 +118,12 @@ def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
 
 
 def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Array]:
-    """The sum of squares of `M' / sqrt(V')`, and how many entries are in it.
+    """The sum of squares of `M' / sqrt(V')`, and the number of entries in the sum.
 
-    Where a factor has null directions, as where some rows never have a gradient, both moments are
-    made of rounding alone: `eps` keeps them out of an update, and `rounding` out of the sum.
+    In the null directions of a factor, such as rows without a gradient, both moments are rounding
+    errors. `eps` keeps them out of an update, and `rounding` keeps them out of the sum.
     """
-    counts = ~(root <= rounding)  # With a NaN, which is to show.
+    counts = ~(root <= rounding)  # A NaN counts, so that it shows.
     direction = jnp.where(counts, mu.astype(root.dtype) / jnp.where(counts, root, 1), 0)
     return jnp.sum(jnp.square(direction)), jnp.sum(counts)
 
@@ -156,7 +155,7 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
             for pair in zip(stack.factors, stack.bases, strict=True)
         ],
     )
-    # A state that was made under `vmap` has more leading axes than that of the blocks.
+    # A state made under `vmap` has more leading axes than the axis of blocks.
     mu, nu = jax.tree.map(
         lambda array: array.reshape(stack.age.size, *array.shape[stack.age.ndim :]),
         (stack.mu, stack.nu),
@@ -181,36 +180,36 @@ def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
 
 def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
     """The factors and bases of the first blocks, `(sample, d, d)`."""
-    places = stack.age.size
-    stacked = [array.reshape(places, *array.shape[-2:]) for array in pair]
-    if sample is None or sample >= places:
+    length = stack.age.size
+    stacked = [array.reshape(length, *array.shape[-2:]) for array in pair]
+    if sample is None or sample >= length:
         return stacked
     gradients = stack.accepted_gradients + stack.rejected_gradients
-    # Padding never had a gradient, and comes last in this order.
-    order = jnp.argsort(_unsharded(gradients.ravel()) == 0)
-    return [_taken(array, order[:sample]) for array in stacked]
+    # Padding never had a gradient, so it is sorted to the end.
+    permutation = jnp.argsort(_unsharded(gradients.ravel()) == 0)
+    return [_taken(array, permutation[:sample]) for array in stacked]
 
 
 def _unsharded(array: Array) -> Array:
-    """The array, whole on every device of an explicit mesh."""
+    """The array, replicated if explicit axes shard it."""
     sharding = jax.typeof(array).sharding
     if not any(sharding.spec):
         return array
     return jax.sharding.reshard(array, sharding.update(spec=jax.P()))
 
 
-def _taken(array: Array, places: Array) -> Array:
-    """Some blocks of a stack, on every device."""
+def _taken(array: Array, positions: Array) -> Array:
+    """Some blocks of a stack, replicated."""
     sharding = jax.typeof(array).sharding
     if sharding.spec[0] is None:
-        return array[places]
-    # Where an explicit mesh shards the stack, JAX has to be told the result's sharding.
+        return array[positions]
+    # On explicit axes, JAX needs the sharding of the result.
     unsharded = sharding.update(spec=jax.P(None, *sharding.spec[1:]))
-    return array.at[places].get(out_sharding=unsharded)
+    return array.at[positions].get(out_sharding=unsharded)
 
 
 def _rms_of_vectors(vectors: Sequence[AdamState]) -> Array:
-    """The root mean square of the direction over several vectors, which no basis ever rounds."""
+    """The root mean square of the direction over several vectors, without an excluded entry."""
     sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
     squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
     return jnp.sqrt(squares / jnp.maximum(sum(entries for _, entries in sums), 1))
@@ -225,7 +224,7 @@ def _is_soap(node: Any) -> bool:
 
 
 def _arrays_of(state: ScaleBySoapState) -> ScaleBySoapState:
-    """The state with plain arrays: `flax.nnx.Optimizer` makes a variable of every one of them."""
+    """The state with plain arrays: `flax.nnx.Optimizer` wraps each array in a variable."""
     return jax.tree.map(jnp.asarray, state, is_leaf=lambda node: hasattr(node, "__jax_array__"))
 
 

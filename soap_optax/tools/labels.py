@@ -1,4 +1,4 @@
-"""Which parameters SOAP is for, told from their paths and shapes, for `optax.partition`."""
+"""Labels of parameters for `optax.partition`, from their paths and shapes."""
 
 import itertools
 import re
@@ -22,33 +22,33 @@ _VECTOR = {"bias", "biases", "scale"}
 def default_labels(params: Any) -> Any:
     """Labels each parameter ``"soap"`` or ``"adamw"``, by its path and shape.
 
-    Matrices, and arrays of more dimensions, are for SOAP. For AdamW are
+    Matrices, and arrays of more dimensions, get SOAP. These parameters get AdamW:
 
-    - scalars and vectors, also where axes of length 1 make one look like more, as in ``(1, 1, d)``;
-    - parameters whose own name ends in ``bias`` or ``scale``: attention's biases have two axes, and
-      so have all biases where layers are stacked for `jax.lax.scan`;
-    - embeddings, tables of positions or tokens, and output heads, told from the path.
+    - scalars and vectors, also with more axes of length 1, as in ``(1, 1, d)``;
+    - parameters whose own name ends in ``bias`` or ``scale``: biases of attention have two axes,
+      and so do all biases in layers that are stacked for `jax.lax.scan`;
+    - embeddings, tables of positions or tokens, and output heads, recognized by their path.
 
-    Parts of a path are separated by ``/`` or ``.`` where they are not keys of their own. Every part
-    of the path is taken as words, in lower case: ``lm_head``, ``LMHead_0`` and
-    ``lm-head`` are the words *lm* and *head*. Numbers are no words. A parameter is an embedding, a
-    table or a head if a part of its path
+    A path has parts: its keys, further split at ``/`` and ``.``. Each part has words, in lower
+    case: ``lm_head``, ``LMHead_0`` and ``lm-head`` have the words *lm* and *head*. Numbers are not
+    words. A parameter is an embedding, a table or a head if a part of its path
 
     - has one of the words *emb, embs, embed, embeds, embedded, embedder, embedding, embeddings,
       unembed, unembedder, unembedding, wte, wpe, vocab, vocabulary, logit, logits, classifier,
       lmhead*;
-    - is nothing but *pos*, *position*, *positions*, *positional* or *tok*, or has one of the first
-      four and ends in *bias, code, codes, enc, encoding, encodings* or *table*;
+    - is only the word *pos*, *position*, *positions*, *positional* or *tok*;
+    - has the word *pos*, *position*, *positions* or *positional*, and ends in *bias, code, codes,
+      enc, encoding, encodings* or *table*;
     - ends in *token* or *tokens*;
-    - is more than *head*, ends in it, and does not name attention itself; or is nothing but *head*
-      and no part before it names attention, as the heads that are modules of an attention do.
+    - ends in *head* after other words, and does not name attention;
+    - is only the word *head*, and no earlier part names attention.
 
-    What names attention is one of *attend, attention, attn, gqa, mha, mqa, multihead, sa*, or
-    *multi* before *head* or *heads*. The parts ``heads``, ``head_dim`` and ``multi_head_attention``
-    do not end in *head* to begin with.
+    A part names attention if it has one of the words *attend, attention, attn, gqa, mha, mqa,
+    multihead, sa*, or *multi* before *head* or *heads*. The parts ``heads``, ``head_dim`` and
+    ``multi_head_attention`` do not end in *head*.
 
-    So ``token_mixing/kernel``, ``attention/out/kernel`` and ``position_wise_ffn/kernel`` are for
-    SOAP. So is an output head under a name such as ``output``, which attention uses as well.
+    So ``token_mixing/kernel``, ``attention/out/kernel`` and ``position_wise_ffn/kernel`` get SOAP.
+    So does an output head with a name such as ``output``, which attention uses as well.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax
@@ -71,8 +71,8 @@ def default_labels(params: Any) -> Any:
       params: a tree of parameters, of their shapes, or of gradients.
 
     Returns:
-      The same tree with a label in place of every leaf. What is not a leaf, such as None or
-      `optax.MaskedNode`, stays.
+      The same tree with a label in place of every leaf. None and `optax.MaskedNode` are not leaves
+      and stay.
     """
     return jax.tree_util.tree_map_with_path(_label, params)
 
@@ -123,5 +123,5 @@ def _last(words: Sequence[str]) -> str:
 
 
 def _without_value(path: Sequence[Any]) -> Sequence[Any]:
-    """A path without the attribute of the variable that `flax.nnx` wraps every array in."""
+    """A path without the attribute ``value`` of the variables of `flax.nnx`."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
