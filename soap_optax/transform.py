@@ -1,7 +1,6 @@
 """The transformation `scale_by_soap`: check, plan, gradients to stacks, updates, and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,13 @@ from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_optax import arguments, blocks, devices, stacks
-from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
+from soap_optax import arguments, blocks, stacks
+from soap_optax.algorithm import RefreshMethod
 from soap_optax.blocks import BlockOptions, Region
 from soap_optax.devices import Layout
-from soap_optax.schedules import Frequency, frequency_at
-from soap_optax.stacks import RefreshOrder, RefreshTiming, StepSettings, StorageOptions
+from soap_optax.options import StepOptions, Structure
+from soap_optax.schedules import Frequency
+from soap_optax.stacks import RefreshOrder, StepSettings, StorageOptions
 from soap_optax.state import ScaleBySoapState
 
 
@@ -195,40 +195,41 @@ def scale_by_soap(
         fold_factors=fold_factors,
         precision=precision,
     )
-    shards = 1 if stack_sharding is None else devices.shard_count(stack_sharding)
-    structure = _Structure(
-        BlockOptions(max_precond_dim, precondition_1d, merge_dims, block_size, one_sided),
-        dimension_numbers,
-        StorageOptions(mu_dtype, preconditioner_dtype, fold_factors, factored),
-        stack_sharding,
-        stack_multiple or shards,
-        param_shardings,
+    structure = Structure(
+        block_options=BlockOptions(
+            max_precond_dim, precondition_1d, merge_dims, block_size, one_sided
+        ),
+        dimension_numbers=dimension_numbers,
+        storage=StorageOptions(mu_dtype, preconditioner_dtype, fold_factors, factored),
+        stack_sharding=stack_sharding,
+        stack_multiple=stack_multiple,
+        param_shardings=param_shardings,
     )
+    options = StepOptions(
+        b1=b1,
+        b2=b2,
+        shampoo_beta=shampoo_beta,
+        eps=eps,
+        normalize_grads=normalize_grads,
+        correct_bias=correct_bias,
+        precision=precision,
+        frequency=precondition_frequency,
+        refresh_order=refresh_order,
+        stagger=stagger,
+        refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
+    )
+    return _transformation(structure, options)
 
-    def hyper_in(dtype: str) -> Hyperparameters:
-        decay = b2 if shampoo_beta is None else shampoo_beta
-        return Hyperparameters(
-            b1=jnp.asarray(b1, dtype),
-            b2=jnp.asarray(b2, dtype),
-            shampoo_beta=jnp.asarray(decay, dtype),
-            eps=jnp.asarray(eps, dtype),
-            normalize_grads=normalize_grads,
-            correct_bias=correct_bias,
-            precision=precision,
-        )
 
-    def settings_at(count: Array, dtypes: set[str]) -> StepSettings:
-        hyper = {dtype: hyper_in(dtype) for dtype in dtypes}
-        frequency = frequency_at(precondition_frequency, count)
-        tolerance = None if refresh_tolerance is None else jnp.asarray(refresh_tolerance)
-        timing = RefreshTiming(frequency, refresh_order, stagger)
-        return StepSettings(timing, RefreshRule(tolerance, refresh), hyper)
-
+def _transformation(
+    structure: Structure, options: StepOptions
+) -> optax.GradientTransformationExtraArgs:
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         if blocks.is_placeholder(params):
             return stacks.placeholder_state()
         layout = structure.layout_of(params)
-        return layout.create(lambda: stacks.initial_state(layout.plan, structure.storage))
+        return layout.create(lambda: structure.initial_state(layout))
 
     def update_fn(
         updates: optax.Updates,
@@ -239,35 +240,13 @@ def scale_by_soap(
         del params, extra_args
         layout = structure.layout_of(updates)
         old_state = structure.check_state(state, layout)
-        settings = settings_at(old_state.count, layout.plan.dtypes)
+        settings = options.settings_at(old_state.count, layout.plan.dtypes)
         leaves, treedef = jax.tree.flatten(updates)
         update_leaves = partial(_update_leaves, layout)
         new_leaves, new_state = layout.run(update_leaves, settings, leaves, old_state)
         return jax.tree.unflatten(treedef, new_leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """The arguments of `scale_by_soap` that decide the structure of the state."""
-
-    block_options: BlockOptions
-    dimension_numbers: Any
-    storage: StorageOptions
-    stack_sharding: NamedSharding | None
-    stack_multiple: int
-    param_shardings: Any
-
-    def layout_of(self, tree: Any) -> Layout:
-        """The plan of parameters or gradients and their layout on devices, checked."""
-        plan = blocks.plan_of(tree, self.block_options, self.dimension_numbers, self.stack_multiple)
-        return devices.layout_of(tree, plan, self.stack_sharding, self.param_shardings)
-
-    def check_state(self, state: Any, layout: Layout) -> ScaleBySoapState:
-        """Returns the state, or raises if `init` would make another one for this layout."""
-        expected = jax.eval_shape(lambda: stacks.initial_state(layout.plan, self.storage))
-        return blocks.check_state(state, expected)
 
 
 def _update_leaves(

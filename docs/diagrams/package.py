@@ -33,8 +33,8 @@ def wings() -> Canvas:
     canvas.arrow((350, 304), (350, 344), (260, 380))
 
     canvas.rectangle(610, 80, 120, 104, "blue")
-    for number, name in enumerate(("arguments", "values", "schedules")):
-        canvas.text(670, 107 + 26 * number, name, "label bold", 15)
+    for number, name in enumerate(("arguments", "values", "options", "schedules")):
+        canvas.text(670, 101 + 24 * number, name, "label bold", 15)
     canvas.arrow((580, 102), (610, 102))
     canvas.arrow((580, 162), (610, 162))
     for number, line in enumerate(
@@ -73,14 +73,14 @@ def gradient() -> Canvas:
 
 
 CALLS = (
-    (60, 50, 400, "blue", "update_fn", "takes leaves out of the tree and puts them back"),
+    (60, 50, 400, "blue", "update_fn", "flattens the tree, and rebuilds it"),
     (
         60,
         122,
         400,
         "orange",
         "blocks.plan_of, devices.layout_of",
-        "check the tree, plan from shapes, find the layout",
+        "check the tree and the state, plan from shapes",
     ),
     (60, 222, 400, "orange", "layout.to_stack", "leaves to a stack, resharded on a mesh"),
     (60, 460, 400, "orange", "layout.from_stack", "a stack to blocks, resharded back"),

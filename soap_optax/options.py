@@ -1,0 +1,86 @@
+"""The arguments of `scale_by_soap`, as the wings take them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import PrecisionLike
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
+
+from soap_optax import blocks, devices, stacks
+from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
+from soap_optax.blocks import BlockOptions
+from soap_optax.devices import Layout
+from soap_optax.schedules import Frequency, frequency_at
+from soap_optax.stacks import RefreshOrder, RefreshTiming, StepSettings, StorageOptions
+from soap_optax.state import ScaleBySoapState
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The arguments that decide the structure of the state; all are static."""
+
+    block_options: BlockOptions
+    dimension_numbers: Any
+    storage: StorageOptions
+    stack_sharding: NamedSharding | None
+    stack_multiple: int | None
+    param_shardings: Any
+
+    def layout_of(self, tree: Any) -> Layout:
+        """The plan of parameters or gradients and their layout on devices, checked."""
+        sharding = self.stack_sharding
+        shards = 1 if sharding is None else devices.shard_count(sharding)
+        multiple = self.stack_multiple or shards
+        plan = blocks.plan_of(tree, self.block_options, self.dimension_numbers, multiple)
+        return devices.layout_of(tree, plan, sharding, self.param_shardings)
+
+    def initial_state(self, layout: Layout) -> ScaleBySoapState:
+        """The state before the first gradient."""
+        return stacks.initial_state(layout.plan, self.storage)
+
+    def check_state(self, state: Any, layout: Layout) -> ScaleBySoapState:
+        """Returns the state, or raises if `init` would make another one for this layout."""
+        return blocks.check_state(state, jax.eval_shape(lambda: self.initial_state(layout)))
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The arguments that decide a step; the numbers may be traced."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    shampoo_beta: ArrayLike | None
+    eps: ArrayLike
+    normalize_grads: bool
+    correct_bias: bool
+    precision: PrecisionLike
+    frequency: Frequency
+    refresh_order: RefreshOrder
+    stagger: bool
+    refresh: RefreshMethod
+    refresh_tolerance: ArrayLike | None
+
+    def settings_at(self, count: Array, dtypes: set[str]) -> StepSettings:
+        """The numbers of the step after `count` calls of `update`, for these dtypes."""
+        hyper = {dtype: self._hyper_in(dtype) for dtype in dtypes}
+        frequency = frequency_at(self.frequency, count)
+        tolerance = self.refresh_tolerance
+        tolerance = None if tolerance is None else jnp.asarray(tolerance)
+        timing = RefreshTiming(frequency, self.refresh_order, self.stagger)
+        return StepSettings(timing, RefreshRule(tolerance, self.refresh), hyper)
+
+    def _hyper_in(self, dtype: str) -> Hyperparameters:
+        shampoo_beta = self.b2 if self.shampoo_beta is None else self.shampoo_beta
+        return Hyperparameters(
+            b1=jnp.asarray(self.b1, dtype),
+            b2=jnp.asarray(self.b2, dtype),
+            shampoo_beta=jnp.asarray(shampoo_beta, dtype),
+            eps=jnp.asarray(self.eps, dtype),
+            normalize_grads=self.normalize_grads,
+            correct_bias=self.correct_bias,
+            precision=self.precision,
+        )
