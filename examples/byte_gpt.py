@@ -1,4 +1,4 @@
-"""A byte-level GPT in Flax NNX, and the text it learns from."""
+"""A byte-level GPT in Flax NNX, and its training text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flax import nnx
 
 MAX_BYTES = 32 * 2**20
 
-# What not every installation has, and what is a table more than it is code.
+# Some installations lack these folders, and others contain tables rather than code.
 SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "tkinter"}
 SKIPPED_FOLDERS |= {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data"}
 
 
 def standard_library() -> list[Path]:
-    """Returns the source files of this Python's own standard library, in fixed order."""
+    """Returns the source files of Python's standard library, in a fixed sequence."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     return [
@@ -35,7 +35,7 @@ def standard_library() -> list[Path]:
 
 
 def files_in(path: Path) -> list[Path]:
-    """Returns `path` itself, or the files of the folder `path` in fixed order, save hidden ones."""
+    """Returns the file `path`, or the visible files of the folder `path` in a fixed sequence."""
     if not path.is_dir():
         return [path]
     names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
@@ -44,7 +44,7 @@ def files_in(path: Path) -> list[Path]:
 
 
 def read_text(files: Sequence[Path]) -> np.ndarray:
-    """Returns the first `MAX_BYTES` bytes of the files, joined in the order given."""
+    """Joins the files in the given sequence and returns the first `MAX_BYTES` bytes."""
     text = bytearray()
     for path in files:
         with path.open("rb") as file:
@@ -55,7 +55,7 @@ def read_text(files: Sequence[Path]) -> np.ndarray:
 def random_batches(
     text: np.ndarray, batch_size: int, context: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yields `(batch_size, context + 1)` bytes from random places, the same ones for one seed."""
+    """Yields `(batch_size, context + 1)` bytes from random positions, which `seed` determines."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(len(text) - context, size=(batch_size, 1))
@@ -63,7 +63,7 @@ def random_batches(
 
 
 def even_batches(text: np.ndarray, batches: int, batch_size: int, context: int) -> np.ndarray:
-    """Returns `(batches, batch_size, context + 1)` bytes from evenly spaced places."""
+    """Returns `(batches, batch_size, context + 1)` bytes from evenly spaced positions."""
     starts = np.linspace(0, len(text) - context - 1, batches * batch_size).astype(int)
     return text[starts.reshape(batches, batch_size, 1) + np.arange(context + 1)]
 
@@ -72,7 +72,7 @@ def even_batches(text: np.ndarray, batches: int, batch_size: int, context: int) 
 
 
 class Size(NamedTuple):
-    """The size of a `GPT`; `heads` divides `width`."""
+    """The size of a `GPT`. `width` is a multiple of `heads`."""
 
     layers: int
     width: int
@@ -81,23 +81,23 @@ class Size(NamedTuple):
 
 
 def precision() -> jnp.dtype:
-    """The dtype of the parameters: float32, or float64 where JAX_ENABLE_X64 is set."""
+    """Returns the dtype of the parameters: float32, or float64 if JAX_ENABLE_X64 is set."""
     return jnp.result_type(float)
 
 
 def norm(width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Returns a norm."""
+    """Returns an RMS norm."""
     return nnx.RMSNorm(width, param_dtype=precision(), rngs=rngs)
 
 
 def embedding(count: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
-    """Returns a table of vectors."""
+    """Returns an embedding table of `count` vectors."""
     init = nnx.initializers.normal(0.02)
     return nnx.Embed(count, width, embedding_init=init, param_dtype=precision(), rngs=rngs)
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, stddev: float = 0.02) -> nnx.Linear:
-    """Returns a linear map without bias."""
+    """Returns a linear layer without bias."""
     init = nnx.initializers.normal(stddev)
     return nnx.Linear(
         inputs, outputs, use_bias=False, kernel_init=init, param_dtype=precision(), rngs=rngs
@@ -105,7 +105,7 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, stddev: float = 0.02) -> n
 
 
 class Block(nnx.Module):
-    """Causal attention, then a GELU MLP, each behind a norm and added to its input."""
+    """Causal attention, then a GELU MLP, each after a norm and with a residual connection."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
         width, residual_stddev = size.width, 0.02 / math.sqrt(2 * size.layers)
@@ -141,7 +141,7 @@ class GPT(nnx.Module):
         self.head = linear(width, 256, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps bytes, `(B, T)`, to the logits of the bytes that follow, `(B, T, 256)`."""
+        """Maps bytes, `(B, T)`, to the logits of the next bytes, `(B, T, 256)`."""
         x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
@@ -152,7 +152,7 @@ Loss = Callable[[nnx.State, jax.Array], jax.Array]
 
 
 def make_model(size: Size, seed: int) -> tuple[nnx.State, Loss]:
-    """Returns the initial parameters and the mean cross-entropy, in nats a byte, of a batch."""
+    """Returns the initial parameters and the loss: mean cross-entropy, in nats per byte."""
     graph, params = nnx.split(GPT(size, nnx.Rngs(seed)))
 
     def loss(params: nnx.State, windows: jax.Array) -> jax.Array:  # (B, T + 1) -> ()

@@ -14,7 +14,7 @@ from meshes import AXES, Sizes
 
 
 class Settings(argparse.Namespace):
-    """The flags, as `parse_arguments` leaves them."""
+    """The values of all flags, as `parse_arguments` returns them."""
 
     optimizer: list[str]
     learning_rate: list[float]
@@ -40,7 +40,7 @@ class Settings(argparse.Namespace):
 
     @property
     def training(self) -> dict[str, float]:
-        """The flags that must stay as they are where a run is resumed."""
+        """The values that must not change when a run is resumed."""
         names = ("steps", "batch_size", "precondition_frequency", "max_precond_dim")
         names += ("layers", "width", "heads", "context", "seed")
         return {name: getattr(self, name) for name in names}
@@ -50,9 +50,14 @@ class Settings(argparse.Namespace):
         """The size of the model."""
         return Size(self.layers, self.width, self.heads, self.context)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """The number of bytes in a batch."""
+        return self.batch_size * self.context
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the line and exits with code 2."""
@@ -60,7 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str, least: int = 1) -> int:
-    """Reads a whole number from `least` to what fits into 32 bits."""
+    """Reads a whole number that is at least `least` and fits into 32 bits."""
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(
             f"must be a whole number from {least} to {2**31 - 1}, got {text!r}"
@@ -79,37 +84,89 @@ def positive_number(text: str) -> float:
     return value
 
 
+def mesh_sizes(text: str) -> Sizes:
+    """Reads the sizes of the mesh axes."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes:
+            raise argparse.ArgumentTypeError(
+                f"must name axes among {', '.join(AXES)}, each once, as data=2,fsdp=4, got {text!r}"
+            )
+        sizes[axis] = whole_number(size)
+    return Sizes(**dict.fromkeys(AXES, 1) | sizes)
+
+
 def parse_arguments(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     learning_rates: Mapping[str, float],
 ) -> Settings:
-    """Reads and checks the flags; each optimizer that can be named has a learning rate."""
+    """Reads and checks the flags.
+
+    Args:
+      parser: receives the flags.
+      arguments: the command line, or None for that of the process.
+      learning_rates: the default learning rate of each optimizer, by name.
+
+    Returns:
+      The values, with one learning rate for each optimizer.
+    """
+    add_optimizers(parser, learning_rates)
+    add_numbers(parser)
+    add_paths(parser)
+    add_mesh(parser)
+    add_processes(parser)
+    settings = parser.parse_args(arguments, Settings())
+    set_learning_rates(parser, settings, learning_rates)
+    if settings.width % settings.heads:
+        parser.error(
+            f"argument --heads: must divide the width, {settings.width}, got {settings.heads}"
+        )
+    check_devices(parser, settings)
+    check_processes(parser, settings)
+    return settings
+
+
+# Flags --------------------------------------------------------------------------------------------
+
+
+def add_optimizers(parser: argparse.ArgumentParser, learning_rates: Mapping[str, float]) -> None:
+    """Adds the flags for optimizers and their learning rates."""
     parser.add_argument(
         "--optimizer",
         nargs="+",
         choices=learning_rates,
         default=["soap", "adamw"],
         metavar="NAME",
-        help=f"one or more of {', '.join(learning_rates)}, trained in turn (default: soap adamw)",
+        help=f"one or more of {', '.join(learning_rates)}, trained one after another "
+        "(default: soap adamw)",
     )
     parser.add_argument(
         "--learning-rate",
         nargs="+",
         type=positive_number,
         metavar="RATE",
-        help="one for all optimizers or one for each (default: the best that was tried)",
+        help="one rate for all optimizers, or one for each (default: tuned for the default model)",
     )
+
+
+def add_numbers(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for sizes of the model and of the training."""
     for flag, default, meaning in (
-        ("--steps", 400, "training steps"),
-        ("--batch-size", 128, "windows of text in a batch"),
-        ("--precondition-frequency", 10, "steps from one of SOAP's refreshes to the next"),
-        ("--max-precond-dim", 10000, "longest axis of a matrix that SOAP preconditions"),
-        ("--layers", 3, "transformer blocks"),
+        ("--steps", 400, "number of training steps"),
+        ("--batch-size", 128, "number of text windows in a batch"),
+        (
+            "--precondition-frequency",
+            10,
+            "number of steps from one of SOAP's refreshes to the next",
+        ),
+        ("--max-precond-dim", 10000, "longest axis that SOAP preconditions"),
+        ("--layers", 3, "number of transformer blocks"),
         ("--width", 64, "length of the residual vectors"),
-        ("--heads", 2, "attention heads, a divisor of the width"),
-        ("--context", 64, "bytes in a window of text"),
-        ("--seed", 0, "decides the initial weights and the batches"),
+        ("--heads", 2, "number of attention heads, a divisor of the width"),
+        ("--context", 64, "number of bytes in a text window"),
+        ("--seed", 0, "seed of the initial weights and the batches"),
     ):
         parser.add_argument(
             flag,
@@ -118,6 +175,10 @@ def parse_arguments(
             metavar="N",
             help=f"{meaning} (default: %(default)s)",
         )
+
+
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for the text, the results and the checkpoints."""
     parser.add_argument(
         "--data",
         nargs="+",
@@ -130,46 +191,66 @@ def parse_arguments(
         type=Path,
         default=Path("out"),
         metavar="FOLDER",
-        help="where results go, replacing earlier ones (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        default=Sizes(1, 1),
-        metavar="AXES",
-        help="axes over which batches (all) and parameters (fsdp) are split, as data=2,fsdp=4 "
-        "(default: one device)",
+        help="folder for results; earlier results are replaced (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint-every",
         type=whole_number,
         metavar="N",
-        help="steps from one checkpoint to the next, in FOLDER/checkpoints (default: none)",
+        help="number of steps between checkpoints, in FOLDER/checkpoints (default: none)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint, if there is one",
+        help="continue from the newest checkpoint, if there is one",
+    )
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for the mesh."""
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        default=Sizes(1, 1),
+        metavar="AXES",
+        help="mesh axes, as data=2,fsdp=4; batches are sharded over both, parameters over fsdp "
+        "(default: one device)",
     )
     parser.add_argument(
         "--stack-multiple",
         type=whole_number,
         metavar="N",
-        help="what SOAP's stacks are padded to a multiple of, for checkpoints that are to be "
-        "resumed on another mesh (default: the devices of the mesh)",
+        help="pad SOAP's stacks to a multiple of N, to resume checkpoints on another mesh "
+        "(default: the number of devices in the mesh)",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for training in several processes."""
     parser.add_argument(
         "--distributed",
         action="store_true",
         help="join the other processes of a TPU pod or of a Slurm job",
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    parser.add_argument("--processes", type=whole_number, metavar="N", help="how many there are")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     parser.add_argument(
-        "--process", type=partial(whole_number, least=0), metavar="N", help="which of them this is"
+        "--processes", type=whole_number, metavar="N", help="number of all processes"
     )
-    settings = parser.parse_args(arguments, Settings())
+    parser.add_argument(
+        "--process",
+        type=partial(whole_number, least=0),
+        metavar="N",
+        help="number of this process, from 0",
+    )
 
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def set_learning_rates(
+    parser: argparse.ArgumentParser, settings: Settings, learning_rates: Mapping[str, float]
+) -> None:
+    """Sets one learning rate for each optimizer."""
     names, rates = settings.optimizer, settings.learning_rate
     if len(set(names)) < len(names):
         parser.error("argument --optimizer: name each optimizer once")
@@ -182,30 +263,11 @@ def parse_arguments(
             f"argument --learning-rate: got {len(rates)} for {len(names)} optimizers, "
             "give one for all or one for each"
         )
-    if settings.width % settings.heads:
-        parser.error(
-            f"argument --heads: must divide the width, {settings.width}, got {settings.heads}"
-        )
     settings.learning_rate = rates
-    check_devices(parser, settings)
-    return settings
-
-
-def mesh_sizes(text: str) -> Sizes:
-    """Reads the axes of a mesh."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes:
-            raise argparse.ArgumentTypeError(
-                f"must name axes among {', '.join(AXES)}, each once, as data=2,fsdp=4, got {text!r}"
-            )
-        sizes[axis] = whole_number(size)
-    return Sizes(**dict.fromkeys(AXES, 1) | sizes)
 
 
 def check_devices(parser: argparse.ArgumentParser, settings: Settings) -> None:
-    """Checks what depends on the number of devices or of processes."""
+    """Exits with an error if a number is no multiple of the number of devices."""
     devices = math.prod(settings.mesh)
     if settings.batch_size % devices:
         parser.error(
@@ -217,12 +279,18 @@ def check_devices(parser: argparse.ArgumentParser, settings: Settings) -> None:
             f"argument --stack-multiple: must be a multiple of the {devices} devices of --mesh, "
             f"got {settings.stack_multiple}"
         )
+
+
+def check_processes(parser: argparse.ArgumentParser, settings: Settings) -> None:
+    """Exits with an error if the flags for processes contradict each other or the mesh."""
     flags = ("coordinator", "processes", "process")
     given = [flag for flag in flags if getattr(settings, flag) is not None]
     if given and len(given) < len(flags):
         parser.error(f"argument --{given[0]}: --coordinator, --processes and --process go together")
     if given and settings.distributed:
-        parser.error(f"argument --{given[0]}: --distributed finds it by itself; leave one out")
+        parser.error(
+            f"argument --{given[0]}: --distributed reads it from the cluster, pass only one of them"
+        )
     if settings.processes is None or settings.process is None:
         return
     if settings.process >= settings.processes:
@@ -230,6 +298,7 @@ def check_devices(parser: argparse.ArgumentParser, settings: Settings) -> None:
             f"argument --process: must be below --processes, {settings.processes}, "
             f"got {settings.process}"
         )
+    devices = math.prod(settings.mesh)
     if devices % settings.processes:
         parser.error(
             f"argument --mesh: its {devices} devices must be a multiple of --processes, "

@@ -1,7 +1,7 @@
-"""On which devices `pretrain_lm.py` trains, and where its arrays lie.
+"""The mesh of `pretrain_lm.py` and the shardings of its arrays.
 
-Parameters are split over the axis `fsdp`, batches over both axes, and what SOAP keeps is divided
-among all devices.
+Parameters are sharded over the mesh axis `fsdp`. Batches and the stacks of SOAP are sharded over
+both axes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ AXES = ("data", "fsdp")
 
 
 class Sizes(NamedTuple):
-    """How long the axes of the mesh are."""
+    """The sizes of the mesh axes."""
 
     data: int
     fsdp: int
 
 
 class Processes(NamedTuple):
-    """Which of how many processes this is, and where the first of them listens."""
+    """The number of processes, the index of this one, and the address of process 0."""
 
     coordinator: str
     total: int
@@ -35,7 +35,10 @@ class Processes(NamedTuple):
 
 
 def join(processes: Processes | None) -> None:
-    """Connects this process with the others; None asks the cluster, such as Slurm or a TPU pod."""
+    """Connects this process with the others.
+
+    Without an argument, JAX reads the addresses from the cluster, such as Slurm or a TPU pod.
+    """
     if processes is None:
         jax.distributed.initialize()
     else:
@@ -43,16 +46,17 @@ def join(processes: Processes | None) -> None:
 
 
 def simulate_devices(count: int) -> None:
-    """Has the CPU pose as so many devices; JAX must not have started."""
+    """Simulates `count` devices on the CPU. Call it before JAX starts."""
     jax.config.update("jax_num_cpu_devices", count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def make_mesh(sizes: Sizes) -> Mesh:
-    """Makes a mesh of accelerators or, where there are too few, of simulated devices.
+    """Makes a mesh of accelerators, or of simulated devices if there are too few.
 
     Raises:
-      ValueError: there are too few, or in several processes another number of devices.
+      ValueError: there are too few devices. Several processes together must have exactly the
+        number of devices in the mesh.
     """
     count, devices = math.prod(sizes), jax.devices()
     alone = jax.process_count() == 1
@@ -60,15 +64,15 @@ def make_mesh(sizes: Sizes) -> Mesh:
         devices = jax.devices("cpu")
     if len(devices) < count or not (alone or len(devices) == count):
         raise ValueError(
-            f"the mesh must have as many devices as {jax.process_count()} processes have together, "
+            f"the mesh must have as many devices as all {jax.process_count()} processes together, "
             f"{len(devices)}, got {count}"
         )
     array = np.asarray(devices[:count]).reshape(sizes)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-class Placement:
-    """Where the arrays of a run lie."""
+class Shardings:
+    """The shardings of a run's arrays."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
@@ -76,7 +80,7 @@ class Placement:
         self.stacks = NamedSharding(mesh, P(AXES))
 
     def of_params(self, params: Any) -> Any:
-        """Splits each parameter along its longest axis, where that is a multiple of `fsdp`."""
+        """Shards each parameter along its longest axis, if that is a multiple of `fsdp`."""
 
         def sharding(leaf: Any) -> NamedSharding:
             axis = int(np.argmax(leaf.shape)) if leaf.ndim else 0
@@ -86,21 +90,21 @@ class Placement:
         return jax.tree.map(sharding, params)
 
     def of_state(self, state: Any, params: Any) -> Any:
-        """Divides SOAP's state evenly; another optimizer's moments lie as their parameters."""
+        """Shards SOAP's arrays along axis 0, and moments of other optimizers like parameters."""
         return state_shardings(state, self.stacks, params)
 
     def of_batches(self, windows: np.ndarray) -> NamedSharding:
-        """Splits `(..., B, T)` among all devices, where B is a multiple of their number."""
+        """Shards `(..., B, T)` along B, if that is a multiple of the number of devices."""
         if windows.shape[-2] % self.mesh.size:
             return self.replicated
         return NamedSharding(self.mesh, P(*[None] * (windows.ndim - 2), AXES))
 
     def put_batches(self, windows: np.ndarray) -> jax.Array:
-        """Brings batches, which every process has whole, to the devices."""
+        """Shards batches. Every process passes all of them."""
         return self.put(windows, self.of_batches(windows))
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """Brings arrays, which every process has whole, to where they lie."""
+        """Shards arrays. Every process passes all of each array."""
 
         def put(array: Any, sharding: NamedSharding) -> jax.Array:
             whole = np.asarray(array)

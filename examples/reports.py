@@ -1,4 +1,4 @@
-"""What a run of `pretrain_lm.py` has given: its rows, the pictures of them, the closing table."""
+"""Results of `pretrain_lm.py`: rows of metrics, plots, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 
 class Row(NamedTuple):
-    """One evaluation. The times are those of training steps: no compilation, no evaluation."""
+    """One evaluation. Times count training steps only, without compilation and evaluation."""
 
     step: int
     train_loss: float  # mean since the last row
@@ -22,18 +22,18 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """What training with one optimizer has given so far."""
+    """The record of training with one optimizer."""
 
     optimizer: str
-    label: str  # the optimizer's name in print
+    label: str  # the printed name of the optimizer
     learning_rate: float
     rows: list[Row] = dataclasses.field(default_factory=list)
-    diagnostics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # as the rows
+    diagnostics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # by row
     state_bytes: int = 0
-    wall_clock: float = 0.0  # everything: compilation, training, evaluation
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the steps since the last row
-    durations: list[float] = dataclasses.field(default_factory=list)  # of the same, in seconds
-    training: dict[str, float] = dataclasses.field(default_factory=dict)  # flags that decide it
+    wall_clock: float = 0.0  # seconds, with compilation and evaluation
+    losses: list[float] = dataclasses.field(default_factory=list)  # since the last row, by step
+    durations: list[float] = dataclasses.field(default_factory=list)  # of these steps, in seconds
+    training: dict[str, float] = dataclasses.field(default_factory=dict)  # flags that determine it
 
     @property
     def best_loss(self) -> float:
@@ -41,7 +41,7 @@ class Run:
         return min(row.held_out_loss for row in self.rows)
 
     def first_row_at_or_below(self, held_out_loss: float) -> Row | None:
-        """Returns the first evaluation that had reached `held_out_loss`."""
+        """Returns the first evaluation with this held-out loss or less, or None."""
         return next((row for row in self.rows if row.held_out_loss <= held_out_loss), None)
 
 
@@ -62,12 +62,12 @@ def draw_curves(runs: Sequence[Run], title: str, path: Path) -> None:
             axes.plot(x, training, f"C{number}:", label=f"{run.label}, training")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    left.set_ylabel("loss, nats a byte")
+    left.set_ylabel("loss, nats per byte")
     left.legend()
     figure.savefig(path, dpi=120)
 
 
-DIAGNOSTICS = {  # the last part of a scalar's name: what to call it, and the scale of its axis
+DIAGNOSTICS = {  # last part of a scalar's name: title and scale of its plot
     "off_diagonal_mass": ("off-diagonal mass of the factors in their bases", "linear"),
     "departure_from_orthonormality": ("departure of the bases from orthonormality", "log"),
     "condition_number": ("condition number of the factors", "log"),
@@ -76,17 +76,17 @@ DIAGNOSTICS = {  # the last part of a scalar's name: what to call it, and the sc
 
 
 def draw_diagnostics(run: Run, path: Path) -> None:
-    """Draws what SOAP's state said of each kind of block at every evaluation."""
+    """Plots the diagnostics of each block shape against steps."""
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(f"{run.label}'s state, by kind of block")
+    figure.suptitle(f"Diagnostics of {run.label}, by block shape")
     for axes, (quantity, (title, scale)) in zip(
         figure.subplots(2, 2, sharex=True).flat, DIAGNOSTICS.items(), strict=True
     ):
         for name in run.diagnostics[0]:
-            _, kind, *rest = name.split("/")  # soap/64x256/condition_number
+            _, shape, *rest = name.split("/")  # soap/64x256/condition_number
             if rest == [quantity]:
                 scalars = [evaluation[name] for evaluation in run.diagnostics]
-                axes.plot([row.step for row in run.rows], scalars, label=kind)
+                axes.plot([row.step for row in run.rows], scalars, label=shape)
         has_positive = any(value > 0 for line in axes.lines for value in line.get_ydata())
         axes.set(title=title, yscale=scale if has_positive else "linear")
         axes.grid(alpha=0.3)
@@ -96,7 +96,7 @@ def draw_diagnostics(run: Run, path: Path) -> None:
 
 
 def progress(run: Run, steps: int) -> str:
-    """Returns the last evaluation as a line, for logs, where a bar cannot be drawn."""
+    """Returns the last evaluation as one line, for logs without a progress bar."""
     row = run.rows[-1]
     line = f"{run.label:<5}  step {row.step:>5} of {steps}  held-out loss {row.held_out_loss:.3f}"
     if row.step == 0:
@@ -107,7 +107,7 @@ def progress(run: Run, steps: int) -> str:
 
 
 def closing_table(runs: Sequence[Run], target: Run | None, tokens_per_step: int) -> str:
-    """Returns a line for each run; `target` is the one whose final held-out loss is to be met."""
+    """Returns a table of runs, with the step at which each matched the final loss of `target`."""
 
     def steps_to_target(run: Run) -> str:
         row = run.first_row_at_or_below(target.rows[-1].held_out_loss) if target else None
@@ -132,16 +132,17 @@ def closing_table(runs: Sequence[Run], target: Run | None, tokens_per_step: int)
 
 
 def counters(run: Run) -> str:
-    """Says what SOAP has adopted and what it has refused, from its last evaluation."""
+    """Reports the final numbers of adopted bases, rejected refreshes and rejected gradients."""
     last = {name.rpartition("/")[2]: value for name, value in run.diagnostics[-1].items()}
+    refreshes, gradients = last["rejected_refreshes"], last["rejected_gradients"]
     return (
-        f"{run.label} adopted {last['refreshes']:,.0f} bases and refused "
-        f"{last['refused_refreshes']:,.0f}; it refused {last['refused_gradients']:,.0f} gradients."
+        f"{run.label} adopted {last['refreshes']:,.0f} bases and rejected {refreshes:,.0f}; "
+        f"it rejected {gradients:,.0f} gradients."
     )
 
 
 def verdict(run: Run, target: Run) -> str:
-    """Says when `run` reached the final held-out loss of `target`, or that it did not."""
+    """Reports the step at which `run` reached the final held-out loss of `target`."""
     goal = target.rows[-1]
     what = f"{target.label}'s final held-out loss ({goal.held_out_loss:.3f})"
     row = run.first_row_at_or_below(goal.held_out_loss)

@@ -1,4 +1,4 @@
-"""Checkpoints of `pretrain_lm.py`: the arrays of a run, and what it has recorded."""
+"""Checkpoints of `pretrain_lm.py`: the arrays and the record of a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from reports import Row, Run
 
 from soap_optax import check_checkpoint
 
-KEPT = 2  # the newest ones
+MAX_TO_KEEP = 2  # the newest checkpoints
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own."""
+    """Saves and restores the checkpoints of one run, in a folder of their own."""
 
     def __init__(self, folder: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=MAX_TO_KEEP, cleanup_tmp_directories=True
+        )
         handlers = {"arrays": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(
             folder.absolute(), options=options, item_handlers=handlers
@@ -27,28 +29,28 @@ class Checkpoints:
 
     @property
     def step(self) -> int:
-        """How many steps the newest one has behind it; 0 where there is none."""
+        """The training step of the newest checkpoint, or 0 without a checkpoint."""
         return self.manager.latest_step() or 0
 
     def save(self, step: int, arrays: Any, run: Run) -> None:
-        """Copies the arrays and writes them while training goes on."""
+        """Copies the arrays, then writes them while training continues."""
         record = ocp.args.JsonSave(dataclasses.asdict(run))
         self.manager.save(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=record)
         )
 
     def run(self) -> Run:
-        """What the newest one has recorded."""
+        """Returns the record of the newest checkpoint."""
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
         record: dict[str, Any] = dict(self.manager.restore(self.step, args=args)["run"])
         record["rows"] = [Row(*row) for row in record["rows"]]
         return Run(**record)
 
     def arrays(self, like: Any) -> Any:
-        """The arrays of the newest one, in the shapes of others and where those lie.
+        """Returns the arrays of the newest checkpoint, with the shapes and shardings of `like`.
 
         Raises:
-          ValueError: the newest one has other arrays.
+          ValueError: the arrays of the checkpoint and of `like` differ.
         """
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
@@ -59,5 +61,5 @@ class Checkpoints:
         return self.manager.restore(self.step, args=args)["arrays"]
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until the last checkpoint is written."""
         self.manager.close()

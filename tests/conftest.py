@@ -1,9 +1,9 @@
-"""What every test shares: the option `--long`, eight devices, small caches, one Hypothesis profile."""
+"""The option `--long`, eight devices, small caches and one Hypothesis profile for all tests."""
 
 import os
 
-# Set before NumPy or JAX loads a BLAS. On matrices this small, its threads cost more than they save:
-# a 256x256 QR took 500 ms with them and 2 ms without.
+# Set before NumPy or JAX loads a BLAS. On matrices this small, its threads cost more than they
+# save: a 256x256 QR took 500 ms with them and 2 ms without.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import functools
@@ -27,12 +27,16 @@ def start_jax() -> None:
     A test without a mesh runs on the first device, as it would on a machine with one CPU device.
     """
     environment = {
-        # A device that waits in a collective holds a thread of XLA's pool, which has as many threads
-        # as devices by default. JAX 0.8 deadlocked when other work needed one more thread.
+        # A device that waits in a collective holds a thread of XLA's pool, which has one thread for
+        # each device by default. JAX 0.8 deadlocked when other work needed one more thread.
         "NPROC": "32",
         # Devices give up waiting for each other after 40 seconds. A busy machine can need longer.
-        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=500",
+        "XLA_FLAGS": (
+            os.environ.get("XLA_FLAGS", "")
+            + " --xla_cpu_collective_call_terminate_timeout_seconds=500"
+        ),
     }
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_num_cpu_devices", DEVICES)
     # Run one program at a time. Otherwise the devices that wait for each other in one program can
     # hold all threads that another program needs.
@@ -42,26 +46,31 @@ def start_jax() -> None:
         assert jax.device_count() == DEVICES
 
 
-start_jax()
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("long" if runs_long_tests(config) else "short")
+    if not config.getoption("numprocesses", None):  # Not in the process that distributes tests.
+        start_jax()
 
-hypothesis.settings.register_profile(
-    "soap_optax",
-    # The first example compiles and the others do not, so no deadline suits both.
-    deadline=None,
-    # The same examples on every run and every machine.
-    derandomize=True,
-    # Each example compiles a new program, which takes a second or more. There are therefore few
-    # examples, and a failing one is reported as it is: shrinking it would compile hundreds.
-    max_examples=10,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    suppress_health_check=[
-        # The fixture `x64` is meant to hold for all examples of a test.
-        hypothesis.HealthCheck.function_scoped_fixture,
-        # Compiling is slow here, not drawing arguments.
-        hypothesis.HealthCheck.too_slow,
-    ],
-)
-hypothesis.settings.load_profile("soap_optax")
+
+for _profile, _examples in (("short", 3), ("long", 10)):
+    hypothesis.settings.register_profile(
+        _profile,
+        # The first example compiles and the others do not, so no deadline suits both.
+        deadline=None,
+        # The same examples on every run and every machine.
+        derandomize=True,
+        # Each example compiles a new program, which takes a second or more. There are therefore
+        # few examples, and a failing one is reported as it is: shrinking it would compile hundreds.
+        # Tests that compile nothing ask for more examples.
+        max_examples=_examples,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+        suppress_health_check=[
+            # The fixture `x64` is meant to hold for all examples of a test.
+            hypothesis.HealthCheck.function_scoped_fixture,
+            # Compiling is slow here, not drawing arguments.
+            hypothesis.HealthCheck.too_slow,
+        ],
+    )
 
 
 @pytest.fixture
@@ -81,8 +90,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def runs_long_tests(config: pytest.Config) -> bool:
-    """Whether the command line asks for long tests, by `--long` or by `-m` with their name."""
-    return config.getoption("--long") or "long" in config.getoption("-m")
+    """Whether the command line asks for long tests, with `--long` or with `-m long`."""
+    return config.getoption("--long") or config.getoption("-m").strip() == "long"
 
 
 def pytest_report_header(config: pytest.Config) -> str:

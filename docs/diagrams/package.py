@@ -7,40 +7,42 @@ def wings() -> Canvas:
     """The package's parts, and the direction of imports."""
     canvas = Canvas(
         750,
-        436,
+        496,
         "The wings of the package",
-        "Imports go one way: tools, alias, transform, stacks. Stacks import devices and algorithm. "
-        "Devices import blocks, algorithm imports linalg, and all may import state.",
+        "Imports go one way: tools, alias, transform, then options, schedules and arguments, then "
+        "stacks. Stacks import devices and algorithm. Devices import blocks, algorithm imports "
+        "linalg, and all may import state.",
     )
     left, right, wide, narrow = 20, 310, 560, 270
     for style, name, purpose, x, y, width in (
         ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 20, wide),
         ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 80, wide),
         ("blue", "transform", "`scale_by_soap`: init and update", left, 140, wide),
-        ("green", "stacks", "all blocks of one shape: when, in which loop", left, 200, wide),
-        ("orange", "devices", "the way on a mesh", left, 260, narrow),
-        ("orange", "blocks", "the way on one device", left, 320, narrow),
-        ("blue", "state", "the NamedTuples", left, 380, narrow),
-        ("purple", "algorithm", "equations of a block", right, 260, narrow),
-        ("purple", "linalg", "matrices only", right, 380, narrow),
+        ("blue", "options, schedules, arguments", "", left, 200, wide),
+        ("green", "stacks", "all blocks of one shape: when, in which loop", left, 260, wide),
+        ("orange", "devices", "the way on a mesh", left, 320, narrow),
+        ("orange", "blocks", "the way on one device", left, 380, narrow),
+        ("blue", "state", "the NamedTuples", left, 440, narrow),
+        ("purple", "algorithm", "equations of a block", right, 320, narrow),
+        ("purple", "linalg", "matrices only", right, 440, narrow),
+        ("blue", "values", "", 610, 440, 120),
     ):
         canvas.rectangle(x, y, width, 44, style)
         canvas.text(x + 14, y + 27, name, "label bold", 15, "start")
-        canvas.text(x + 106, y + 27, purpose, "label", 14, "start")
-    for x, y in ((300, 64), (300, 124), (300, 184), (155, 244), (445, 244), (155, 304), (155, 364)):
+        if purpose:
+            canvas.text(x + 106, y + 27, purpose, "label", 14, "start")
+    canvas.text(310, 227, "user input, checked", "label", 14, "start")
+    for y in (64, 124, 184, 244):
+        canvas.arrow((300, y), (300, y + 16))
+    for x, y in ((155, 304), (445, 304), (155, 364), (155, 424)):
         canvas.arrow((x, y), (x, y + 16))
-    canvas.arrow((445, 304), (445, 380))
-    canvas.arrow((350, 304), (350, 344), (260, 380))
-
-    canvas.rectangle(610, 80, 120, 104, "blue")
-    for number, name in enumerate(("arguments", "values", "options", "schedules")):
-        canvas.text(670, 101 + 24 * number, name, "label bold", 15)
-    canvas.arrow((580, 102), (610, 102))
-    canvas.arrow((580, 162), (610, 162))
+    canvas.arrow((445, 364), (445, 440))
+    canvas.arrow((350, 364), (350, 404), (260, 440))
+    canvas.arrow((580, 222), (670, 222), (670, 440))
     for number, line in enumerate(
         ("An arrow means", "“imports”: this", "part or others", "below it.")
     ):
-        canvas.text(610, 330 + 18 * number, line, "muted", 13, "start")
+        canvas.text(610, 70 + 18 * number, line, "muted", 13, "start")
     return canvas
 
 

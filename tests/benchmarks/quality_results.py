@@ -192,7 +192,7 @@ def quality_table(title: str, summaries: Sequence[Summary]) -> str:
         "by seed": losses_by_seed,
         "bases adopted": lambda summary: number(summary.adopted, ".3f"),
         "off-diagonal mass": lambda summary: number(summary.off_diagonal_mass, ".3f"),
-        "refused": lambda summary: number(summary.rejected_refreshes, ",.0f"),
+        "rejected": lambda summary: number(summary.rejected_refreshes, ",.0f"),
         "state MB": lambda summary: megabytes(summary.state_bytes),
         "ms a step": lambda summary: number(1e3 * summary.seconds_per_step, ",.1f"),
     }
@@ -207,7 +207,7 @@ NOTE = (
     "diagonal mass: of the factors in their bases, the largest over kinds of block and over the"
     " factors of the first block of each, measured after one step of each interval between two"
     " evaluations, with the bases of that step and its gradient in the factors; the mean over the"
-    " run and the seeds. Refused: refreshes of all runs. Ms a step: the median over the intervals"
+    " run and the seeds. Rejected: refreshes of all runs. Ms a step: the median over the intervals"
     " between evaluations. Runs are not interleaved, so that this is no comparison: speed.py"
     " compares times."
 )

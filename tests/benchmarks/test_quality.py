@@ -26,8 +26,6 @@ with warnings.catch_warnings():
 from quality_results import Run
 from training import Evaluation
 
-pytestmark = pytest.mark.long
-
 # Variants as a command line names them ------------------------------------------------------------
 
 
@@ -62,7 +60,7 @@ def test_a_name_alone_means_defaults() -> None:
         ("a:precondition_frequency=thinning()", "missing 1 required"),
     ],
 )
-def test_what_cannot_be_read_is_an_error(text: str, message: str) -> None:
+def test_an_unreadable_variant_is_an_error(text: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         read_variant(text, ["adamw"])
 
@@ -70,6 +68,7 @@ def test_what_cannot_be_read_is_an_error(text: str, message: str) -> None:
 # A run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["soap", "adamw"])
 def test_an_optimizer_is_that_of_the_example(name: str) -> None:
     import pretrain_lm
@@ -150,7 +149,7 @@ def test_variants_are_compared_seed_by_seed() -> None:
     assert (one.diverged, two.diverged) == (0, 1)
 
 
-def test_the_table_has_means_and_noise_and_says_what_diverged() -> None:
+def test_the_table_has_means_noise_and_diverged_runs() -> None:
     table = quality_results.quality_table("title", quality_results.summarize(RUNS))
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     one, two = lines[2:]
@@ -211,6 +210,7 @@ def rows(run: tuple[Path, str]) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 def test_a_run_writes_every_evaluation_with_its_settings(rows: list[dict[str, str]]) -> None:
     for variant in ("soap", "every"):
         for seed in "01":
@@ -220,6 +220,7 @@ def test_a_run_writes_every_evaluation_with_its_settings(rows: list[dict[str, st
             assert float(own[-1]["held_out_loss"]) < float(own[0]["held_out_loss"])
 
 
+@pytest.mark.long
 def test_a_seed_decides_the_start_and_the_variant_the_rest(rows: list[dict[str, str]]) -> None:
     starts = {(row["seed"], row["held_out_loss"]) for row in rows if row["step"] == "0"}
     ends = {row["held_out_loss"] for row in rows if row["step"] == "6"}
@@ -227,6 +228,7 @@ def test_a_seed_decides_the_start_and_the_variant_the_rest(rows: list[dict[str, 
     assert len(ends) == 4
 
 
+@pytest.mark.long
 def test_frequency_one_adopts_all_that_there_is_to_adopt(rows: list[dict[str, str]]) -> None:
     for row in rows:
         if row["step"] == "6":
@@ -234,6 +236,7 @@ def test_frequency_one_adopts_all_that_there_is_to_adopt(rows: list[dict[str, st
             assert float(row["adopted"]) == (once if row["variant"] == "soap" else 5 * once)
 
 
+@pytest.mark.long
 def test_a_diverged_run_ends_and_is_shown(
     run: tuple[Path, str], rows: list[dict[str, str]]
 ) -> None:
@@ -243,14 +246,16 @@ def test_a_diverged_run_ends_and_is_shown(
     assert "| adamw | `learning_rate=1e+38` | 2 of 2 diverged |" in run[1]
 
 
-def test_a_run_says_where_and_how_and_draws(run: tuple[Path, str]) -> None:
+@pytest.mark.long
+def test_a_run_prints_where_and_how_and_draws(run: tuple[Path, str]) -> None:
     options = "`max_precond_dim=16,precondition_frequency=1`"
     for text in ("device: ", "quality.py --steps 6", f"| every | {options} |"):
         assert text in run[1]
     assert (run[0] / "quality.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_what_is_in_the_file_is_not_trained_again(
+@pytest.mark.long
+def test_runs_in_the_file_are_not_trained_again(
     run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "compile_program", None)

@@ -16,9 +16,8 @@ import pytest
 import shapes
 import speed
 from compiling import operands_of
+from helpers.cases import mostly_long, named
 from shapes import MODELS, Model
-
-pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 ONE_MATRIX = shapes.of_matrices(lambda _: {"kernel": (24, 16), "bias": (16,)}, 1)
@@ -31,7 +30,9 @@ def test_the_floor_of_a_matrix_is_six_products() -> None:
     )
 
 
-@pytest.mark.parametrize("model", [ONE_MATRIX, *MODELS.values()], ids=["one_matrix", *MODELS])
+@pytest.mark.parametrize(
+    "model", mostly_long(named({"one_matrix": ONE_MATRIX, **MODELS}), ["one_matrix", "tiny"])
+)
 def test_the_floor_computes_its_products_and_nothing_else(model: Model) -> None:
     lowered = contenders.floor(model).update.lower(
         *operands_of(contenders.floor(model), model, model.layers)
@@ -41,7 +42,7 @@ def test_the_floor_computes_its_products_and_nothing_else(model: Model) -> None:
     assert lowered.cost_analysis()["flops"] == pytest.approx(operations, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_long(MODELS, ["tiny"]))
 def test_the_floor_has_the_blocks_of_soap(name: str) -> None:
     params = shapes.params_of(MODELS[name])
     state = jax.eval_shape(contenders.soap(MODELS[name]).init, params)
@@ -51,7 +52,7 @@ def test_the_floor_has_the_blocks_of_soap(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_long(MODELS, ["tiny"]))
 def test_every_optimizer_takes_every_model(name: str) -> None:
     model = MODELS[name]
     optimizers = contenders.contenders_of(model, ["adam", "adamw", "muon", "textbook", "soap"], {})
@@ -61,7 +62,7 @@ def test_every_optimizer_takes_every_model(name: str) -> None:
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
-@pytest.mark.parametrize("name", ["soap", "textbook"])
+@pytest.mark.parametrize("name", mostly_long(["soap", "textbook"], ["soap"]))
 def test_plain_steps_refresh_nothing_and_refresh_steps_everything(name: str) -> None:
     model = ONE_MATRIX
     contender = contenders.contenders_of(model, [name], {})[name]
@@ -83,7 +84,7 @@ def bases_of(state: object) -> np.ndarray:
     return np.array(basis)  # A copy: the state is donated.
 
 
-def test_a_step_of_the_wrong_kind_is_an_error() -> None:
+def test_a_plain_step_that_refreshes_is_an_error() -> None:
     contender = contenders.soap(ONE_MATRIX)
     draw = measure.gradients_of(shapes.params_of(ONE_MATRIX))
     runner = measure.Runner("soap", contender, draw(0))
@@ -169,6 +170,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, process.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", COLUMNS)
 def test_a_run_writes_its_numbers_as_csv(run: tuple[Path, str], what: str) -> None:
     with (run[0] / f"{what}.csv").open(newline="") as file:
@@ -178,6 +180,7 @@ def test_a_run_writes_its_numbers_as_csv(run: tuple[Path, str], what: str) -> No
     assert len(rows) == expected[what]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stagger", "most"), [(False, 4), (True, 1)])
 def test_every_step_of_a_cycle_is_timed_with_what_it_refreshed(stagger: bool, most: int) -> None:
     model = shapes.of_matrices(lambda layers: {str(n): (24, 16) for n in range(layers)}, 4)
@@ -190,12 +193,14 @@ def test_every_step_of_a_cycle_is_timed_with_what_it_refreshed(stagger: bool, mo
     assert max(refreshed) == most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["steps", "compile"])
 def test_a_run_draws_pictures(run: tuple[Path, str], what: str) -> None:
     assert (run[0] / f"{what}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_a_run_says_where_and_how_it_was_measured(run: tuple[Path, str]) -> None:
+@pytest.mark.long
+def test_a_run_prints_where_and_how_it_was_measured(run: tuple[Path, str]) -> None:
     for text in (
         "device: ",
         "JAX ",

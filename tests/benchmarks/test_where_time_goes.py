@@ -13,8 +13,6 @@ from compiling import operands_of
 from contenders import contenders_of
 from shapes import MODELS
 
-pytestmark = pytest.mark.long
-
 PROGRAM = Path(where_time_goes.__file__)
 
 
@@ -43,6 +41,7 @@ def test_an_operation_belongs_where_it_was_written(
     assert where_time_goes.part_of(path, target, is_product) == part
 
 
+@pytest.mark.long
 def test_no_product_of_a_large_layer_is_missed() -> None:
     """At this size newer versions of XLA fuse products with what follows them."""
     text = program_of("width_512")
@@ -54,6 +53,7 @@ def test_no_product_of_a_large_layer_is_missed() -> None:
     assert {parts[name] for name in products} == {"step: products", "refresh: products"}
 
 
+@pytest.mark.long
 def test_every_part_of_a_step_is_found_in_the_compiled_program() -> None:
     text = program_of("tiny")
     parts = where_time_goes.parts_by_name(text)
@@ -73,7 +73,8 @@ def test_every_part_of_a_step_is_found_in_the_compiled_program() -> None:
     assert not unread
 
 
-def test_the_program_prints_a_table_of_both_kinds_of_step() -> None:
+@pytest.mark.long
+def test_the_program_prints_a_table_of_plain_and_refresh_steps() -> None:
     command = [sys.executable, PROGRAM, "--models", "tiny", "--layers", "1", "--steps", "2"]
     done = subprocess.run(
         command,

@@ -191,7 +191,7 @@ def examine(state: Any) -> dict[str, Array]:
         return {}
     scalars = soap_optax.diagnostics(state, sample=1)
     masses = [scalar for name, scalar in scalars.items() if name.endswith("/off_diagonal_mass")]
-    # The first gradient only fills the factors, and one that is refused refreshes nothing.
+    # The first gradient only fills the factors, and one that is rejected refreshes nothing.
     updates = [jnp.sum(jnp.maximum(stack.accepted_gradients - 1, 0)) for stack in stacks.values()]
     return {
         "off_diagonal_mass": functools.reduce(jnp.maximum, masses),

@@ -54,15 +54,6 @@ def case(
 
 CASES = [
     case("soap", learning_rate=1e-2),
-    # Half of the targets are vectors: the options matter where those have a factor as well.
-    case(
-        "soap",
-        learning_rate=1e-2,
-        weight_decay=0.0,
-        precondition_1d=True,
-        precondition_frequency=1,
-        correct_bias=False,
-    ),
     # Normalised updates never get smaller: the learning rate says how near a minimum they come.
     case(
         "soap",
@@ -74,6 +65,17 @@ CASES = [
         mu_dtype="bfloat16",
         block_size=2,
     ),
+]
+OTHER_CASES = [
+    # Half of the targets are vectors: the options matter where those have a factor as well.
+    case(
+        "soap",
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        precondition_1d=True,
+        precondition_frequency=1,
+        correct_bias=False,
+    ),
     case("clipped_soap", learning_rate=1e-2),
     # AdamW's decay: one of 1e-2 at this learning rate moves the minimum beyond the tolerance.
     case("soap", ("mechanize", {"weight_decay": 0.0}), learning_rate=1.0, weight_decay=1e-4),
@@ -81,17 +83,17 @@ CASES = [
 ]
 
 
-def contract_of_the_installed_optax() -> type[Any]:
-    """The class in Optax's file for contributed optimizers, expanded over `CASES`."""
+def contract_of_the_installed_optax(cases: Sequence[dict[str, Any]]) -> type[Any]:
+    """The class in Optax's file for contributed optimizers, expanded over these cases."""
     spec = importlib.util.find_spec("optax.contrib._common_test")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     product = parameterized.product
 
-    def product_over_our_cases(cases: Sequence[dict[str, Any]], **grid: Any) -> Any:
-        assert all(set(case) == set(CASES[0]) for case in cases), "Optax's lists look different now"
-        return product(CASES, **grid)
+    def product_over_our_cases(theirs: Sequence[dict[str, Any]], **grid: Any) -> Any:
+        assert all(set(case) == set(cases[0]) for case in theirs), "Optax's lists look different"
+        return product(cases, **grid)
 
     with mock.patch.object(parameterized, "product", product_over_our_cases):
         spec.loader.exec_module(module)
@@ -104,22 +106,35 @@ _inject_hyperparams = optax.inject_hyperparams
 def inject_hyperparams(
     factory: Callable[..., optax.GradientTransformation], static_args: Sequence[str]
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """Optax's, told which arguments are static: its file keeps a list of them for its own."""
+    """Optax's with our static arguments: its file has a list of them for its own optimizers."""
     parameters = inspect.signature(factory).parameters
     ours = [name for name in soap_optax.STATIC_ARGS if name in parameters]
     return _inject_hyperparams(factory, static_args=(*static_args, *ours))
 
 
-class TestContract(contract_of_the_installed_optax()):
-    """All that Optax asks of a contributed optimizer, with nothing skipped."""
+class WithOurOptimizers:
+    """Lets Optax's tests find this library's optimizers, and skip none."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        for name, factory in FACTORIES.items():
-            self.enter_context(mock.patch.object(optax.contrib, name, factory, create=True))
-        self.enter_context(
-            mock.patch("optax.schedules._inject.inject_hyperparams", inject_hyperparams)
-        )
+    def setUp(self) -> None:  # The name in `unittest`.
+        super().setUp()  # pyright: ignore[reportAttributeAccessIssue]  # Mixed into a `TestCase`.
+        patches = [
+            *(
+                mock.patch.object(optax.contrib, name, factory, create=True)
+                for name, factory in FACTORIES.items()
+            ),
+            mock.patch("optax.schedules._inject.inject_hyperparams", inject_hyperparams),
+        ]
+        for patch in patches:
+            self.enterContext(patch)  # pyright: ignore[reportAttributeAccessIssue]  # As above.
 
-    def skipTest(self, reason: Any) -> NoReturn:  # noqa: N802
+    def skipTest(self, reason: Any) -> NoReturn:  # noqa: N802  # The name in `unittest`.
         raise AssertionError(f"would skip: {reason}")
+
+
+class TestContract(WithOurOptimizers, contract_of_the_installed_optax(CASES)):
+    """All that Optax asks of a contributed optimizer."""
+
+
+@pytest.mark.long
+class TestContractOfOtherCases(WithOurOptimizers, contract_of_the_installed_optax(OTHER_CASES)):
+    """The same of other options and wrappers."""

@@ -22,22 +22,22 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 Tree = Any
 
-# Each leaf with how it is split over a mesh of eight devices in one axis. No factor of the first
-# gradient lacks a rank, so that rounding does not decide what the first basis is.
+# The shape and sharding of each leaf on a mesh of eight devices in one axis. Factors of the first
+# gradient have full rank, so that rounding does not decide the first basis.
 SHAPES: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {
     "by rows": ((8, 8), PartitionSpec("x")),
     "by columns": ((8, 8), PartitionSpec(None, "x")),
     "by the middle axis": ((2, 8, 4), PartitionSpec(None, "x")),
-    "whole": ((8, 8), PartitionSpec()),
+    "replicated": ((8, 8), PartitionSpec()),
     "vector": ((8,), PartitionSpec("x")),
     "scalar": ((), PartitionSpec()),
 }
 STEPS = 5
 
-# A program for eight devices may add in another order than one for a single device. In float64
-# that costs 1e-16 of numbers of size 1, and where Adam divides a small entry by its size or two
-# eigenvalues are near each other, some thousand times as much. A wrong or missing part of a
-# gradient moves a parameter by a share of the learning rate, 0.1.
+# A program for eight devices adds in another order than one for a single device. In float64 that
+# costs 1e-16 of numbers of size 1, and some thousand times as much where Adam divides a small entry
+# by its size or two eigenvalues are close. A wrong or missing shard of a gradient moves a parameter
+# by a share of the learning rate, 0.1.
 TOLERANCE = 1e-9
 
 
@@ -56,7 +56,7 @@ def draw() -> Tree:
     return {name: np.asarray(rng.normal(size=shape)) for name, (shape, _) in SHAPES.items()}
 
 
-def place(tree: Tree, mesh: Mesh) -> Tree:
+def shard(tree: Tree, mesh: Mesh) -> Tree:
     return {
         name: jax.device_put(leaf, NamedSharding(mesh, spec_in(mesh, name)))
         for name, leaf in tree.items()
@@ -64,7 +64,7 @@ def place(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def spec_in(mesh: Mesh, name: str) -> PartitionSpec:
-    """How a leaf is split, as a program spells it: on explicit axes, with an entry for each."""
+    """The sharding of a leaf as programs spell it: explicit ones have an entry for every axis."""
     shape, spec = SHAPES[name]
     missing = len(shape) - len(spec) if mesh.axis_types == (AxisType.Explicit,) else 0
     return PartitionSpec(*spec, *[None] * missing)
@@ -80,7 +80,7 @@ def make_step(optimizer: optax.GradientTransformation) -> Callable[[Tree, Tree],
 
 
 def train(optimizer: optax.GradientTransformation, params: Tree, state: Tree) -> tuple[Tree, int]:
-    """The parameters after all steps, and how many programs were compiled for them."""
+    """The parameters after all steps, and the number of compiled programs."""
     step = jax.jit(make_step(optimizer))
     for _ in range(STEPS):
         params, state = step(params, state)
@@ -112,9 +112,10 @@ def shardings(tree: Tree) -> list[Any]:
 # Explicit axes: the sharding is part of an array's type.
 
 
+@pytest.mark.long
 def test_state_keeps_its_types_on_an_explicit_mesh() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), place(draw(), mesh))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), shard(draw(), mesh))
         optimizer = soap(block_size=4)
         state = optimizer.init(params)
         assert types(jax.jit(optimizer.init)(params)) == types(state)
@@ -123,9 +124,10 @@ def test_state_keeps_its_types_on_an_explicit_mesh() -> None:
         assert types(updates) == types(params)
 
 
+@pytest.mark.long
 def test_state_keeps_its_types_outside_jit_on_an_explicit_mesh() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
-        params = place(draw(), mesh)
+        params = shard(draw(), mesh)
         optimizer = soap()
         state = optimizer.init(params)
         updates, after = optimizer.update(params, state, params)
@@ -135,15 +137,16 @@ def test_state_keeps_its_types_outside_jit_on_an_explicit_mesh() -> None:
 
 def test_explicit_mesh_gives_the_single_device_run_from_one_program() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
-        params, optimizer = place(draw(), mesh), soap(block_size=4)
+        params, optimizer = shard(draw(), mesh), soap(block_size=4)
         params, programs = train(optimizer, params, optimizer.init(params))
         assert_equals_single_device_run(params, block_size=4)
         assert programs == 1
 
 
+@pytest.mark.long
 def test_scan_over_steps_runs_on_an_explicit_mesh() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
-        params, optimizer = place(draw(), mesh), soap()
+        params, optimizer = shard(draw(), mesh), soap()
         step = make_step(optimizer)
 
         @jax.jit
@@ -156,15 +159,17 @@ def test_scan_over_steps_runs_on_an_explicit_mesh() -> None:
         assert_equals_single_device_run(params)
 
 
+@pytest.mark.long
 def test_explicit_mesh_needs_no_set_mesh() -> None:
-    params, optimizer = place(draw(), mesh_of(AxisType.Explicit)), soap()
+    params, optimizer = shard(draw(), mesh_of(AxisType.Explicit)), soap()
     params, _ = train(optimizer, params, jax.jit(optimizer.init)(params))
     assert_equals_single_device_run(params)
 
 
+@pytest.mark.long
 def test_mesh_of_two_explicit_axes_gives_the_single_device_run() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit, AxisType.Explicit)):
-        params, optimizer = place(draw(), mesh), soap()
+        params, optimizer = shard(draw(), mesh), soap()
         both = NamedSharding(mesh, PartitionSpec("y", "x"))
         params["by rows"] = jax.device_put(params["by rows"], both)
         wanted = types(params)
@@ -173,16 +178,18 @@ def test_mesh_of_two_explicit_axes_gives_the_single_device_run() -> None:
         assert types(params) == wanted
 
 
+@pytest.mark.long
 def test_mesh_of_an_automatic_and_an_explicit_axis_gives_the_single_device_run() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Auto, AxisType.Explicit)):
-        params, optimizer = place(draw(), mesh), soap()
+        params, optimizer = shard(draw(), mesh), soap()
         params, _ = train(optimizer, params, optimizer.init(params))
         assert_equals_single_device_run(params)
 
 
+@pytest.mark.long
 def test_injected_hyperparameters_work_on_an_explicit_mesh() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
-        params = place(draw(), mesh)
+        params = shard(draw(), mesh)
         factory = optax.inject_hyperparams(soap_optax.soap, static_args=soap_optax.STATIC_ARGS)
         optimizer = factory(learning_rate=0.1, precondition_frequency=2)
         state = optimizer.init(params)
@@ -192,18 +199,21 @@ def test_injected_hyperparameters_work_on_an_explicit_mesh() -> None:
         assert_equals_single_device_run(params)
 
 
-# Automatic axes: the compiler places what nobody has placed.
+# Automatic axes: the compiler chooses shardings that nobody has specified.
 
 
-def test_automatic_mesh_gives_the_single_device_run_from_two_programs_at_most() -> None:
-    for in_context in (False, True):
-        mesh = mesh_of(AxisType.Auto)
-        with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
-            params, optimizer = place(draw(), mesh), soap()
-            params, programs = train(optimizer, params, jax.jit(optimizer.init)(params))
-            assert_equals_single_device_run(params)
-            # As for AdamW: one program for the first state, and one for the state it returns.
-            assert programs <= 2
+@pytest.mark.long
+@pytest.mark.parametrize("in_context", [False, True])
+def test_automatic_mesh_gives_the_single_device_run_from_two_programs_at_most(
+    in_context: bool,
+) -> None:
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        params, optimizer = shard(draw(), mesh), soap()
+        params, programs = train(optimizer, params, jax.jit(optimizer.init)(params))
+        assert_equals_single_device_run(params)
+        # As for AdamW: one program for the first state, and one for the state it returns.
+        assert programs <= 2
 
 
 # Optax's own.
@@ -230,6 +240,7 @@ def sharding_test_of_the_installed_optax() -> type[unittest.TestCase]:
     return module.ShardingTest
 
 
+@pytest.mark.filterwarnings("ignore")  # What Optax calls in its file may be deprecated.
 @pytest.mark.skipif(
     not importlib.util.find_spec("optax._src.sharding_test"), reason="Optax ships it from 0.2.7 on"
 )

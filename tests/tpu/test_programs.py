@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-def test_every_way_of_decomposing_compiles_for_a_tpu() -> None:
+def test_every_decomposition_compiles_for_a_tpu() -> None:
     process = subprocess.run(
         [sys.executable, SCRIPT.with_name("compile_decompositions.py"), "--lengths", "128"],
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -40,7 +40,7 @@ def test_every_way_of_decomposing_compiles_for_a_tpu() -> None:
 @pytest.mark.parametrize("pod", ["v5e:16x16", "v5p:8x8x8"])
 @pytest.mark.parametrize("model", ["360m", "660m", "7b"])
 @pytest.mark.parametrize("split", ["all", "groups"])
-def test_a_training_step_compiles_for_a_pod_with_its_state_divided_evenly(
+def test_a_training_step_compiles_for_a_pod_with_its_state_sharded_evenly(
     split: str, model: str, pod: str
 ) -> None:
     flags = ("--splits", split, "--models", model, "--pods", pod, "--optimizers", "SOAP")

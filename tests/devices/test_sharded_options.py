@@ -1,0 +1,132 @@
+"""Sharded updates with all options, on eight simulated devices."""
+
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.cases import mostly_long
+from helpers.meshes import (
+    AUTO,
+    EXPLICIT,
+    TOLERANCE,
+    all_axes,
+    assert_close,
+    mesh_of,
+    positions_of_blocks,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
+
+import soap_optax
+from soap_optax.algorithm import RefreshMethod
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+# Leaves by name: their number, shape and sharding on a mesh 4x2. Singular factors come from a
+# single gradient and have the same bits everywhere.
+LEAVES: dict[str, tuple[int, tuple[int, ...], PartitionSpec]] = {
+    "query": (3, (8, 8), PartitionSpec("x", "y")),
+    "out": (2, (8, 8), PartitionSpec("y", "x")),
+    "up": (1, (8, 16), PartitionSpec(None, ("x", "y"))),
+    "layers": (2, (8, 8, 6), PartitionSpec(("x", "y"))),
+    "experts": (1, (4, 8, 4), PartitionSpec("x", None, "y")),
+    # With the sharding of the state, over both axes and over one.
+    "stacked": (1, (8, 6, 8), PartitionSpec(("x", "y"))),
+    "stacked in part": (1, (16, 6, 4), PartitionSpec("x")),
+    "embedding": (1, (1024, 64), PartitionSpec(("x", "y"))),
+    "vector": (2, (8,), PartitionSpec("x")),
+    "replicated": (1, (6, 6), PartitionSpec()),
+    "scalar": (1, (), PartitionSpec()),
+}
+DIMENSION_NUMBERS = {
+    name: MuonDimensionNumbers(-2, -1) if len(shape) > 1 else None
+    for name, (_, shape, _) in LEAVES.items()
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"refresh_{method}": {"refresh": method} for method in get_args(RefreshMethod)},
+    "stagger": {"stagger": True, "precondition_frequency": 3},
+    "refresh_tolerance": {"refresh_tolerance": 0.1},
+    "after_gradient": {"refresh_order": "after_gradient"},
+    "block_size": {"block_size": 4},
+    "dimension_numbers": {"dimension_numbers": DIMENSION_NUMBERS},
+    "tiles_of_layers": {"dimension_numbers": DIMENSION_NUMBERS, "block_size": 4},
+    "merge_dims": {"merge_dims": True, "max_precond_dim": 16},
+    "precondition_1d": {"precondition_1d": True},
+    "one_sided": {"one_sided": True},
+    "factored": {"factored": True, "fold_factors": True},
+    "narrow": {"mu_dtype": jnp.float32, "preconditioner_dtype": jnp.float32},
+    "normalize_grads": {"normalize_grads": True, "correct_bias": False},
+    "stack_multiple": {"stack_multiple": 24, "stagger": True},
+}
+STEPS = 6
+
+
+def draw(step: int) -> Any:
+    rng = np.random.default_rng(step)
+    return {
+        name: [rng.normal(size=shape) for _ in range(count)]
+        for name, (count, shape, _) in LEAVES.items()
+    }
+
+
+def padding_of(stack: Any) -> int:
+    """The number of positions in a stack that never had a gradient."""
+    return int(np.sum(np.asarray(stack.accepted_gradients + stack.rejected_gradients) == 0))
+
+
+# The options that decide how leaves are cut into blocks, and with that how they are resharded.
+CUTS = ["default", "block_size", "dimension_numbers", "tiles_of_layers", "merge_dims"]
+CASES = [
+    *(pytest.param(name, AUTO, True, id=f"{name}-specified") for name in OPTIONS),
+    *(
+        pytest.param(name, AUTO, False, id=f"{name}-left_to_xla")
+        for name in (*CUTS, "stagger", "stack_multiple")
+    ),
+    *(pytest.param(name, EXPLICIT, False, id=f"{name}-explicit") for name in CUTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "specified"), mostly_long(CASES, short=["tiles_of_layers-specified"])
+)
+def test_sharded_updates_equal_those_of_one_device_with_any_options(
+    name: str, kind: AxisType, specified: bool
+) -> None:
+    mesh = mesh_of("4x2", kind)
+    options = {"precondition_frequency": 2, "max_precond_dim": 8} | OPTIONS[name]
+    shardings = {name: NamedSharding(mesh, spec) for name, (_, _, spec) in LEAVES.items()}
+    sharded = soap_optax.scale_by_soap(
+        stack_sharding=all_axes(mesh), param_shardings=shardings if specified else None, **options
+    )
+    alone = soap_optax.scale_by_soap(**options)
+    first = {name: jax.device_put(draw(0)[name], shardings[name]) for name in LEAVES}
+    state: Any = sharded.init(first)
+    wanted_state: Any = alone.init(draw(0))
+    shardings_of_results = jax.tree.map(lambda leaf: leaf.sharding, (first, state))
+    update = jax.jit(sharded.update, out_shardings=shardings_of_results)
+    update_alone = jax.jit(alone.update)
+    for step in range(STEPS):
+        grads = draw(step)
+        if step == 3:
+            grads["out"][1][0, 0] = np.nan
+            grads["embedding"][0][5, 7] = np.inf
+        placed = {name: jax.device_put(grads[name], shardings[name]) for name in LEAVES}
+        updates, state = update(placed, state)
+        wanted, wanted_state = update_alone(grads, wanted_state)
+        assert_close(updates, wanted)
+    assert update._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
+    for stack, wanted in zip(state.stacks.values(), wanted_state.stacks.values(), strict=True):
+        found_of = positions_of_blocks(int(wanted.age.size) - padding_of(wanted), stack.age.size)
+        alone_of = positions_of_blocks(len(found_of), wanted.age.size)
+        for one, other in zip(jax.tree.leaves(stack), jax.tree.leaves(wanted), strict=True):
+            assert {len(shard.data) for shard in one.addressable_shards} == {len(one) // 8}
+            one, other = np.asarray(one)[found_of], np.asarray(other)[alone_of]
+            np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+    for part, wanted in zip(state.adam.values(), wanted_state.adam.values(), strict=True):
+        np.testing.assert_array_equal(part.rejected_gradients, wanted.rejected_gradients)
+        for one, other in ((part.mu, wanted.mu), (part.nu, wanted.nu)):
+            assert {len(shard.data) for shard in one.addressable_shards} == {len(one) // 8}
+            np.testing.assert_allclose(np.asarray(one)[: len(other)], other, atol=TOLERANCE)

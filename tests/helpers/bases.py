@@ -1,0 +1,28 @@
+"""Random bases, factors with given eigenvectors, and how nearly a basis diagonalizes a factor."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Entries of orthonormal matrices and of their products, after some ten operations in float32.
+ROUNDING = 1e-5
+
+
+def random_basis(d: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+
+
+def factor_of(basis: np.ndarray, eigenvalues: np.ndarray) -> jax.Array:
+    return jnp.asarray(basis * eigenvalues @ basis.T, jnp.float32)
+
+
+def near(basis: np.ndarray, distance: float, seed: int = 1) -> jax.Array:
+    """A basis that is turned away from another by a random rotation."""
+    noise = distance * np.random.default_rng(seed).normal(size=basis.shape)
+    return jnp.asarray(np.linalg.qr(basis + basis @ (noise - noise.T))[0], jnp.float32)
+
+
+def mass(factor: jax.Array, basis: jax.Array) -> float:
+    rotated = np.asarray(basis, np.float64).T @ np.asarray(factor, np.float64) @ basis
+    off = rotated - np.diag(np.diag(rotated))
+    return float(np.linalg.norm(off) / np.linalg.norm(rotated))

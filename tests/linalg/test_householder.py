@@ -1,0 +1,108 @@
+"""The QR decomposition out of products, and where it is used."""
+
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.cases import mostly_long
+
+from soap_optax.linalg import decompositions, householder, orthonormality
+
+LENGTHS = mostly_long([1, 2, 5, 6, 7, 13, 36, 40], short=[1, 7, 40])
+
+# Entries of orthonormal matrices after some hundred operations in float64.
+ROUNDING = 1e-13
+
+orthonormal_factor = jax.jit(householder.q_from_panels)
+
+
+def random_matrix(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def check_that_it_triangularizes(matrix: np.ndarray) -> None:
+    found = np.asarray(orthonormal_factor(jnp.asarray(matrix)))
+    d = len(matrix)
+    np.testing.assert_allclose(found.T @ found, np.eye(d), rtol=0, atol=ROUNDING)
+    # Column by column, because their sizes may differ by many orders of magnitude.
+    sizes = np.linalg.norm(matrix, axis=0)
+    below = np.tril(found.T @ matrix, -1) / np.where(sizes > 0, sizes, 1)
+    np.testing.assert_allclose(below, np.zeros((d, d)), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("d", LENGTHS)
+def test_it_equals_lapacks_but_for_signs(d: int) -> None:
+    matrix = random_matrix(d, d)
+    found = np.asarray(orthonormal_factor(jnp.asarray(matrix)))
+    wanted, _ = np.linalg.qr(matrix)
+    signs = np.sign(np.sum(found * wanted, axis=0))
+    # Columns are as sensitive as the matrix is ill-conditioned, here by less than a thousand.
+    np.testing.assert_allclose(found, signs * wanted, rtol=0, atol=1e-11)
+    check_that_it_triangularizes(matrix)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("d", LENGTHS)
+def test_every_matrix_has_an_orthonormal_factor(d: int) -> None:
+    matrix = random_matrix(d, d)
+    check_that_it_triangularizes(matrix * 10.0 ** -np.linspace(0, 30, d))
+    check_that_it_triangularizes(10.0 ** -np.linspace(0, 30, d)[:, None] * matrix)
+    check_that_it_triangularizes(random_matrix(d, 1) @ random_matrix(1, d))
+    check_that_it_triangularizes(np.eye(d))
+    check_that_it_triangularizes(np.zeros((d, d)))
+    repeated = matrix.copy()
+    repeated[:, d // 2 :] = matrix[:, :1]
+    check_that_it_triangularizes(repeated)
+
+
+@pytest.mark.parametrize("spoiled", [np.nan, np.inf])
+def test_a_non_finite_matrix_gives_no_orthonormal_factor(spoiled: float) -> None:
+    # Not the last entry of all: that decides nothing but the last of the triangular factor.
+    for place in [(0, 0), (39, 0), (39, 38), (20, 3), (3, 20)]:
+        matrix = random_matrix(40, 40).astype(np.float32)
+        matrix[place] = spoiled
+        assert not orthonormality.is_orthonormal(orthonormal_factor(jnp.asarray(matrix)))
+
+
+# Where it is used.
+
+
+def program_of(length: int, platform: str) -> str:
+    matrix = jax.ShapeDtypeStruct((length, length), jnp.float32)
+    factor = jax.jit(decompositions.orthonormalize)
+    return jax.export.export(factor, platforms=[platform])(matrix).mlir_module()
+
+
+def test_long_matrices_are_decomposed_by_panels_on_cpus_and_only_there() -> None:
+    long = decompositions.BLOCKED_FROM
+    panels = re.findall(
+        r"custom_call @lapack_sgeqrf_ffi.*-> \(tensor<(\d+)x(\d+)", program_of(long, "cpu")
+    )
+    assert len(panels) == householder.PANELS
+    assert {int(width) for _, width in panels} == {86, 512 - 5 * 86}
+    assert "orgqr" not in program_of(long, "cpu")
+    assert "orgqr" in program_of(long - 1, "cpu")
+    for platform in ("cuda", "tpu"):
+        assert program_of(long, platform).count("stablehlo.dot_general") == 0
+
+
+def test_a_batch_is_decomposed_one_matrix_after_another() -> None:
+    batch = jnp.asarray(random_matrix(2, 512, 512), jnp.float32)
+    together = jax.jit(jax.vmap(decompositions.orthonormalize))(batch)
+    for matrix, found in zip(batch, together, strict=True):
+        np.testing.assert_array_equal(found, jax.jit(decompositions.orthonormalize)(matrix))
+    jaxpr = str(jax.make_jaxpr(jax.vmap(decompositions.orthonormalize))(batch))
+    assert re.search(r"f32\[512,86\].* = geqrf", jaxpr)
+    assert "f32[2,512,86]" not in jaxpr
+
+
+def test_derivatives_take_it_as_a_constant() -> None:
+    matrix = jnp.asarray(random_matrix(512, 512), jnp.float32)
+    factor = jax.jit(decompositions.orthonormalize)
+    _, tangent = jax.jvp(factor, (matrix,), (matrix,))
+    assert not tangent.any()
+    assert not jax.grad(lambda matrix: jnp.sum(factor(matrix) * matrix[0, 0]))(matrix)[1:].any()

@@ -1,0 +1,78 @@
+"""Whether a basis is orthonormal, and the nearest one that is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.bases import ROUNDING, random_basis
+from helpers.cases import mostly_long
+
+from soap_optax.linalg import orthonormality
+
+
+@pytest.mark.parametrize("d", mostly_long([8, 32, 33, 64, 200, 256], short=[8, 33]))
+def test_the_probed_departure_detects_every_fault(d: int) -> None:
+    basis = jnp.asarray(random_basis(d), jnp.float32)
+    tolerance = orthonormality.orthonormality_tolerance(basis)
+    assert orthonormality.probed_departure(basis) < tolerance / 10
+    for spoiled in (
+        basis.at[-1, 0].set(jnp.nan),
+        jnp.full_like(basis, jnp.nan),
+        basis.at[0, -1].set(jnp.inf),
+        basis * 1.001,
+        basis.at[:, 0].set(basis[:, 1]),
+        basis.at[:, 0].add(3 * tolerance * basis[:, 1]),
+        jnp.zeros_like(basis),
+    ):
+        assert not orthonormality.is_orthonormal(spoiled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", mostly_long([1, 31, 32, 4095, 4096, 100_000], [31, 4096]))
+def test_the_largest_magnitude_of_any_number_of_entries_shows_a_nan(size: int, dtype: Any) -> None:
+    array = jnp.linspace(-3, 2, size, dtype=dtype)
+    assert orthonormality.largest_magnitude(array) == 3
+    for spoiled in (array.at[0].set(jnp.nan), array.at[-1].set(jnp.nan), array * jnp.nan):
+        assert jnp.isnan(orthonormality.largest_magnitude(spoiled))
+        assert orthonormality.largest_magnitude(spoiled).dtype == dtype
+
+
+def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:
+    factor, basis = jnp.eye(80), jnp.asarray(random_basis(80), jnp.float32)
+    for product, columns in (
+        (factor.at[3, 3].set(jnp.nan) @ basis, basis),
+        (factor @ basis, basis.at[:, 3].set(jnp.nan)),
+    ):
+        assert jnp.isnan(orthonormality.off_diagonal_mass(product, columns))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e3])
+@pytest.mark.parametrize("d", [5, 40])
+def test_the_nearest_orthonormal_matrix_is_that_of_the_singular_vectors(
+    d: int, scale: float
+) -> None:
+    rng = np.random.default_rng(d)
+    noise = 0.2 * rng.normal(size=(d, d))
+    matrix = scale * random_basis(d) @ (np.eye(d) + noise - noise.T)
+    left, _, right = np.linalg.svd(matrix)
+    found = orthonormality.nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
+    assert orthonormality.is_orthonormal(found)
+    # An eighth of the tolerance remains, 4e-5, as several vectors of signs see it.
+    np.testing.assert_allclose(found, left @ right, atol=1e-4)
+
+
+@pytest.mark.parametrize("matrix", [jnp.zeros((40, 40)), jnp.full((256, 256), jnp.nan)])
+def test_a_matrix_far_from_orthonormal_ends_and_is_not_orthonormal(matrix: jax.Array) -> None:
+    assert not orthonormality.is_orthonormal(orthonormality.nearest_orthonormal(matrix))
+
+
+def test_a_drifting_basis_is_made_orthonormal_and_another_one_not_touched() -> None:
+    basis = jnp.asarray(random_basis(40), jnp.float32)
+    np.testing.assert_array_equal(orthonormality.nearest_orthonormal(basis), basis)
+    drifted = basis * (1 + 2e-4)
+    assert (
+        orthonormality.departure_from_orthonormality(orthonormality.nearest_orthonormal(drifted))
+        < ROUNDING
+    )
