@@ -91,7 +91,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def runs_long_tests(config: pytest.Config) -> bool:
     """Whether the command line asks for long tests, with `--long` or with `-m long`."""
-    return config.getoption("--long") or config.getoption("-m").strip() == "long"
+    return config.getoption("--long") or str(config.getoption("-m")).strip() == "long"
 
 
 def pytest_report_header(config: pytest.Config) -> str:

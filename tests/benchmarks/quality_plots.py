@@ -27,7 +27,7 @@ def draw_quality(runs: Sequence[Run], title: str, path: Path) -> None:
         pairs = paired(of_variant, first).values()
         differences = [np.subtract(ours, theirs) for ours, theirs in pairs]
         draw_mean(right, steps, differences, f"C{index}", label)
-    left.set(xlabel="step", ylabel="held-out loss, nats a byte")
+    left.set(xlabel="step", ylabel="held-out loss, nats per byte")
     right.set(xlabel="step", ylabel=f"the same minus that of {first[0].variant}, seed by seed")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -200,11 +200,11 @@ def quality_table(title: str, summaries: Sequence[Summary]) -> str:
 
 
 NOTE = (
-    "Held-out loss: nats a byte after the last step, mean and sample standard deviation over the"
+    "Held-out loss: nats per byte after the last step, mean and sample standard deviation over the"
     " seeds that did not diverge. Minus the first's: the mean over seeds of the difference to the"
     " first variant with the same seed, hence the same initial weights and batches, and its"
     " standard error. Bases adopted: relative to a refresh of every block in every step. Off-"
-    "diagonal mass: of the factors in their bases, the largest over kinds of block and over the"
+    "diagonal mass: of the factors in their bases, the largest over block shapes and over the"
     " factors of the first block of each, measured after one step of each interval between two"
     " evaluations, with the bases of that step and its gradient in the factors; the mean over the"
     " run and the seeds. Rejected: refreshes of all runs. Ms a step: the median over the intervals"

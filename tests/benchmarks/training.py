@@ -120,7 +120,7 @@ class Evaluation(NamedTuple):
       mass_step: the step of the next attribute, one of those since the last evaluation, at another
         place between the two each time, so that it falls on refreshes no more often than others.
       off_diagonal_mass: that of the factors in their bases, as `soap_optax.diagnostics` gives it
-        with `sample=1`, the largest over kinds of block. The bases are those by which the step was
+        with `sample=1`, the largest over block shapes. The bases are those by which the step was
         taken, and the factors hold the step's gradient.
       adopted: bases that SOAP adopted so far, summed over blocks.
       adoptable: what a refresh in every step would have come to.

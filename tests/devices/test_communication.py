@@ -74,7 +74,7 @@ def program_of(
         jax.jit(optimizer.update, out_shardings=results)
         .lower(grads, state)
         # The program never runs, so that LLVM need not optimize it.
-        .compile({"xla_backend_optimization_level": 0})
+        .compile({"xla_backend_optimization_level": 0})  # pyright: ignore[reportArgumentType]  # an integer flag
     )
     return program.as_text() or "", state
 

@@ -96,7 +96,7 @@ def test_sharded_updates_equal_those_of_one_device_with_any_options(
     name: str, kind: AxisType, specified: bool
 ) -> None:
     mesh = mesh_of("4x2", kind)
-    options = {"precondition_frequency": 2, "max_precond_dim": 8} | OPTIONS[name]
+    options: dict[str, Any] = {"precondition_frequency": 2, "max_precond_dim": 8} | OPTIONS[name]
     shardings = {name: NamedSharding(mesh, spec) for name, (_, _, spec) in LEAVES.items()}
     sharded = soap_optax.scale_by_soap(
         stack_sharding=all_axes(mesh), param_shardings=shardings if specified else None, **options

@@ -15,7 +15,10 @@ import soap_optax
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
     page
-    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for page in (
+        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
     if page.exists() and "_build" not in page.parts
 ]
 MOST_COLUMNS = 8

@@ -122,7 +122,7 @@ def test_soaps_diagnostics_are_written_at_every_evaluation_and_drawn(both: tuple
         rows = list(csv.DictReader(file))
     assert {row["optimizer"] for row in rows} == {"soap"}
     names = {row["name"] for row in rows}
-    # The kinds of block of a GPT of width 16, with its 256 bytes and its context of 16.
+    # The block shapes of a GPT of width 16, with its 256 bytes and its context of 16.
     kinds = {"16x16", "16x64", "64x16", "256x16"}
     assert {name.split("/")[1] for name in names} >= kinds
     by_step = {step: {} for step in range(STEPS + 1)}

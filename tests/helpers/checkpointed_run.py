@@ -161,7 +161,7 @@ def train(
 
 
 def initial_state() -> dict[str, Any]:
-    """A network of three square layers, which are one kind of block, and the optimizer's state."""
+    """A network of three square layers, which have one block shape, and the optimizer's state."""
     rng = np.random.default_rng(0)
     layers = [
         {"kernel": rng.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5, "bias": np.zeros(WIDTH)}

@@ -29,7 +29,7 @@ WITH_SHORT_AXES = {
 class Leaves(NamedTuple):
     """Equal parameters, and the mesh axes that shard theirs: the mesh's first axis, or its last."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
 
