@@ -360,8 +360,8 @@ ANY_MESH = [
 @pytest.mark.parametrize(
     ("shape", "names", "spec"),
     mostly_long(
-        [pytest.param(*case, id=f"{case[0]}-{case[2]}".replace(" ", "")) for case in ANY_MESH],
-        short=["(2,3)-P(('data','fsdp'),)"],
+        [pytest.param(*case, id=f"{case[0]}-{tuple(case[2])}") for case in ANY_MESH],
+        short=["(2, 3)-(('data', 'fsdp'),)"],
     ),
 )
 def test_any_mesh_takes_tiles_and_whole_matrices(
