@@ -46,8 +46,22 @@ def start_jax() -> None:
         assert jax.device_count() == DEVICES
 
 
+def is_set(variable: str) -> bool:
+    """Whether an environment variable switches something on, as JAX reads it."""
+    return os.environ[variable].lower() in ("y", "yes", "t", "true", "on", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.load_profile("long" if runs_long_tests(config) else "short")
+    if runs_long_tests(config):
+        hypothesis.settings.load_profile("long")
+    else:
+        hypothesis.settings.load_profile("short")
+        # Compiling takes most of the time: with LLVM's optimizations, half as long again. The long
+        # suite compiles as users do, and so does every test with `optimized_programs`.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For other processes.
+        jax.config.update(
+            "jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        )
     if not config.getoption("numprocesses", None):  # Not in the process that distributes tests.
         start_jax()
 
@@ -71,6 +85,15 @@ for _profile, _examples in (("short", 3), ("long", 10)):
             hypothesis.HealthCheck.too_slow,
         ],
     )
+
+
+@pytest.fixture
+def optimized_programs() -> Iterator[None]:
+    """Compiles the programs of a test as users do, in the short suite too."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 import soap_optax
 from soap_optax.linalg import decompositions
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 TRAJECTORIES = trajectories.load_trajectories()
 BY_NAME = named({trajectory.name: trajectory for trajectory in TRAJECTORIES})
 every_trajectory = pytest.mark.parametrize("trajectory", BY_NAME)

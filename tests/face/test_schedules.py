@@ -38,13 +38,13 @@ def test_refreshes_of_a_run_follow_the_thinning_schedule() -> None:
     optimizer = soap_optax.scale_by_soap(
         precondition_frequency=soap_optax.thinning_frequency(10, 5)
     )
-    grads = {"w": jax.random.normal(jax.random.key(0), (100, 4, 3))}
+    grads = gradients(100)
     update = jax.jit(optimizer.update)
-    state: Any = optimizer.init({"w": grads["w"][0]})
+    state: Any = init()
     refreshes = []
-    for grad in grads["w"]:
-        _, state = update({"w": grad}, state)
-        refreshes.append(int(state.stacks["4x3"].refreshes[0]))
+    for grad in grads:
+        _, state = update(grad, state)
+        refreshes.append(int(state.stacks[NAME].refreshes[0]))
     updates = [call - 1 for call in range(1, 100) if refreshes[call] > refreshes[call - 1]]
     assert updates[:20] == list(range(20))
     for before, after in itertools.pairwise(updates):
@@ -131,11 +131,10 @@ def test_a_schedule_without_a_sensible_number_refreshes_always_or_never(
 ) -> None:
     optimizer = soap_optax.scale_by_soap(precondition_frequency=lambda _count: returned)
     update = jax.jit(optimizer.update)
-    grads = jax.random.normal(jax.random.key(0), (3, 4, 3))
-    state: Any = optimizer.init(grads[0])
-    for grad in grads:  # The second call makes the first basis, and the third refreshes it.
+    state = init()
+    for grad in gradients(3):  # The second call makes the first basis, and the third refreshes it.
         _, state = update(grad, state)
-    assert (state.stacks["4x3"].refreshes[0] == 2) == refreshed
+    assert (state.stacks[NAME].refreshes[0] == 2) == refreshed
 
 
 def test_a_frequency_for_each_block_raises_when_the_update_is_traced() -> None:
@@ -185,15 +184,17 @@ def test_schedule_makes_refreshes_dense_and_then_thin_in_one_program() -> None:
     assert len(traces) == 1
 
 
+@jax.jit
+def scheduled(grad: jax.Array, state: State, frequency: jax.Array) -> Any:
+    """A step whose frequency is a constant schedule."""
+    optimizer = soap_optax.scale_by_soap(
+        precondition_frequency=lambda count: frequency + 0 * jnp.asarray(count)
+    )
+    return optimizer.update(grad, state)
+
+
 @pytest.mark.parametrize("frequency", [1, 3, 10])
 def test_constant_schedule_is_the_integer(frequency: int) -> None:
-    @jax.jit
-    def scheduled(grad: jax.Array, state: State, frequency: jax.Array) -> Any:
-        optimizer = soap_optax.scale_by_soap(
-            precondition_frequency=lambda count: frequency + 0 * jnp.asarray(count)
-        )
-        return optimizer.update(grad, state)
-
     grads = gradients(14)
     wanted, wanted_state = run(grads, init(), frequency)
     state = init()

@@ -11,6 +11,13 @@ from helpers.cases import mostly_long
 
 from soap_optax.linalg import orthonormality
 
+# On CPUs, the maxima of optimized programs ignore NaN.
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
+is_orthonormal = jax.jit(orthonormality.is_orthonormal)
+nearest_orthonormal = jax.jit(orthonormality.nearest_orthonormal)
+largest_magnitude = jax.jit(orthonormality.largest_magnitude)
+
 
 @pytest.mark.parametrize("d", mostly_long([8, 32, 33, 64, 200, 256], short=[8, 33]))
 def test_the_probed_departure_detects_every_fault(d: int) -> None:
@@ -26,17 +33,17 @@ def test_the_probed_departure_detects_every_fault(d: int) -> None:
         basis.at[:, 0].add(3 * tolerance * basis[:, 1]),
         jnp.zeros_like(basis),
     ):
-        assert not orthonormality.is_orthonormal(spoiled)
+        assert not is_orthonormal(spoiled)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", mostly_long([1, 31, 32, 4095, 4096, 100_000], [31, 4096]))
 def test_the_largest_magnitude_of_any_number_of_entries_shows_a_nan(size: int, dtype: Any) -> None:
     array = jnp.linspace(-3, 2, size, dtype=dtype)
-    assert orthonormality.largest_magnitude(array) == 3
+    assert largest_magnitude(array) == 3
     for spoiled in (array.at[0].set(jnp.nan), array.at[-1].set(jnp.nan), array * jnp.nan):
-        assert jnp.isnan(orthonormality.largest_magnitude(spoiled))
-        assert orthonormality.largest_magnitude(spoiled).dtype == dtype
+        assert jnp.isnan(largest_magnitude(spoiled))
+        assert largest_magnitude(spoiled).dtype == dtype
 
 
 def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:
@@ -57,22 +64,19 @@ def test_the_nearest_orthonormal_matrix_is_that_of_the_singular_vectors(
     noise = 0.2 * rng.normal(size=(d, d))
     matrix = scale * random_basis(d) @ (np.eye(d) + noise - noise.T)
     left, _, right = np.linalg.svd(matrix)
-    found = orthonormality.nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
-    assert orthonormality.is_orthonormal(found)
+    found = nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
+    assert is_orthonormal(found)
     # An eighth of the tolerance remains, 4e-5, as several vectors of signs see it.
     np.testing.assert_allclose(found, left @ right, atol=1e-4)
 
 
 @pytest.mark.parametrize("matrix", [jnp.zeros((40, 40)), jnp.full((256, 256), jnp.nan)])
 def test_a_matrix_far_from_orthonormal_ends_and_is_not_orthonormal(matrix: jax.Array) -> None:
-    assert not orthonormality.is_orthonormal(orthonormality.nearest_orthonormal(matrix))
+    assert not is_orthonormal(nearest_orthonormal(matrix))
 
 
 def test_a_drifting_basis_is_made_orthonormal_and_another_one_not_touched() -> None:
     basis = jnp.asarray(random_basis(40), jnp.float32)
-    np.testing.assert_array_equal(orthonormality.nearest_orthonormal(basis), basis)
+    np.testing.assert_array_equal(nearest_orthonormal(basis), basis)
     drifted = basis * (1 + 2e-4)
-    assert (
-        orthonormality.departure_from_orthonormality(orthonormality.nearest_orthonormal(drifted))
-        < ROUNDING
-    )
+    assert orthonormality.departure_from_orthonormality(nearest_orthonormal(drifted)) < ROUNDING

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from helpers.cases import mostly_long
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
@@ -219,23 +220,25 @@ def test_automatic_mesh_gives_the_single_device_run_from_two_programs_at_most(
 # Optax's own.
 
 
-def sharding_test_of_the_installed_optax() -> type[unittest.TestCase]:
-    """The test case in the file that Optax ships, expanded over this library's optimizers."""
+OPTIMIZERS = {
+    "soap": soap_optax.soap(1.0),
+    "scale_by_soap": soap_optax.scale_by_soap(block_size=4, merge_dims=True),
+}
+
+
+def sharding_test_of_the_installed_optax(name: str) -> type[unittest.TestCase]:
+    """The test case in the file that Optax ships, expanded over one of our optimizers."""
     spec = importlib.util.find_spec("optax._src.sharding_test")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     named_parameters = parameterized.named_parameters
-    optimizers = {
-        "soap": soap_optax.soap(1.0),
-        "scale_by_soap": soap_optax.scale_by_soap(block_size=4, merge_dims=True),
-    }
 
-    def our_optimizers(first: Any, *rest: Any) -> Any:
+    def our_optimizer(first: Any, *rest: Any) -> Any:
         is_optimizers = isinstance(first, Mapping | ItemsView) and "adamw" in dict(first)
-        return named_parameters(*([optimizers.items()] if is_optimizers else [first, *rest]))
+        return named_parameters(*([(name, OPTIMIZERS[name])] if is_optimizers else [first, *rest]))
 
-    with mock.patch.object(parameterized, "named_parameters", our_optimizers):
+    with mock.patch.object(parameterized, "named_parameters", our_optimizer):
         spec.loader.exec_module(module)
     return module.ShardingTest
 
@@ -244,8 +247,9 @@ def sharding_test_of_the_installed_optax() -> type[unittest.TestCase]:
 @pytest.mark.skipif(
     not importlib.util.find_spec("optax._src.sharding_test"), reason="Optax ships it from 0.2.7 on"
 )
-def test_the_sharding_test_of_the_installed_optax_passes() -> None:
-    case = sharding_test_of_the_installed_optax()
+@pytest.mark.parametrize("name", mostly_long(OPTIMIZERS, ["scale_by_soap"]))
+def test_the_sharding_test_of_the_installed_optax_passes(name: str) -> None:
+    case = sharding_test_of_the_installed_optax(name)
     names = [name for name in unittest.TestLoader().getTestCaseNames(case) if "soap" in name]
     result = unittest.TestResult()
     # The file compares versions as strings, in which "0.10" comes before "0.7" and skips a test.
@@ -255,4 +259,4 @@ def test_the_sharding_test_of_the_installed_optax_passes() -> None:
         trace for _, trace in result.failures + result.errors
     )
     assert not result.skipped, result.skipped
-    assert result.testsRun == 6, names  # Two optimizers in each of its three tests.
+    assert result.testsRun == 3, names

@@ -17,7 +17,11 @@ from helpers.cases import mostly_long, named
 # would never end, and leaves room for a machine that is busy with other things.
 LIMIT_IN_SECONDS = 480
 
-VARIABLES_THAT_CHANGE_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS", "NPROC")
+# They change the number of threads, or how programs are compiled.
+VARIABLES = (
+    *("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS", "NPROC"),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+)
 
 PRELUDE = """
 import jax
@@ -84,11 +88,7 @@ scanned({"matrix": (96, 96)}, steps=10, seeds=8)
 
 @pytest.mark.parametrize("case", mostly_long(named(CASES), ["scan and vmap"]))
 def test_every_refresh_ends(case: str) -> None:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in VARIABLES_THAT_CHANGE_THREADS
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     repository = pathlib.Path(__file__).parents[2]
     inherited = environment.get("PYTHONPATH", "")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), inherited]))

@@ -78,7 +78,7 @@ def by_path(description: Description) -> dict[str, Any]:
     return {row.path: row for row in description.rows}
 
 
-@pytest.mark.parametrize("options", mostly_long(named(OPTIONS), ["tiles", "least state"]))
+@pytest.mark.parametrize("options", mostly_long(named(OPTIONS), ["least state"]))
 def test_the_total_is_exactly_what_init_allocates(options: dict[str, Any]) -> None:
     for tree in TREES.values():
         params = arrays_of(tree)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.cases import mostly_long
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -235,7 +236,9 @@ def test_a_basis_that_is_not_orthonormal_shows() -> None:
     assert scalars_of(np.eye(6), basis)["departure_from_orthonormality"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("sample", [1, None])
+# On CPUs, the maxima of optimized programs ignore NaN.
+@pytest.mark.usefixtures("optimized_programs")
+@pytest.mark.parametrize("sample", mostly_long([1, None], [1]))
 def test_a_nan_shows_in_large_bases_too(sample: int | None) -> None:
     state: Any = soap_optax.scale_by_soap().init({"w": jnp.zeros((100, 80))})
     stack = state.stacks["100x80"]
