@@ -36,7 +36,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "least": LEAST,
 }
 every_storage = pytest.mark.parametrize(
-    "storage", mostly_long(STORAGES, ["plain", "factored", "folded", "least"])
+    "storage", mostly_long(STORAGES, ["plain", "factored", "least"])
 )
 
 # Blocks with an odd and an even length, and two of them in one stack.
