@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about,
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to be fought over.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to share.
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def decompositions(batch: int, d: int) -> Iterator[Program]:
 
 
 def refresh(method: str, matrix: jax.Array) -> jax.Array:
-    """What a method makes of the identity, a basis of the Gram matrix."""
+    """The new basis of a method that starts from the identity."""
     factor, basis = matrix @ matrix.T, jnp.eye(len(matrix))
     if method == "partial":
         starts = partial_refresh.scheduled_chunks(len(basis), jnp.int32(0))

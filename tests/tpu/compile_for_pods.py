@@ -3,11 +3,11 @@
     pip install ".[tpu]"
     python tests/tpu/compile_for_pods.py --models 360m 660m 7b --pods v5e:16x16 v5p:8x8x8
 
-Layers are split over all chips of a pod, or over groups of them with all layers in each group. For
-each pod, model, split and optimizer a row says how long the step took to compile, what every chip
-holds (parameters, state of the optimizer, temporaries), the collectives of the step and the bytes
-that each chip receives in them, those in a loop over layers counted once; and the same of an update
-compiled by itself, which is what the optimizer exchanges.
+Layers are sharded over all chips of a pod, or over groups of chips with all layers in each group.
+Each split gets five tables, with a row for each pod, model and optimizer: compile time; parameters
+and state of a chip; temporaries of a chip; collectives of the training step, and the bytes that a
+chip receives in them; and the same for the update compiled alone, which is the communication of the
+optimizer. Collectives in a loop over layers count once. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about,
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to be fought over.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to share.
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +90,11 @@ def shapes_of(model: Model) -> dict[str, Any]:
 
 
 def specs_of(model: Model, params: Any, split: str, chips: int) -> Any:
-    """Matrices of layers split over all chips or those of a group, tables of embeddings over all.
+    """Matrices of layers sharded over all chips or over a group; embeddings over all chips.
 
-    A layer is gathered as a step needs it, within a group if every group has all layers. Matrices
-    are split along one axis, or along both where all chips do not divide it. Shards and tiles
-    divide each other.
+    A step gathers each layer when it needs it, within a group if every group has all layers.
+    Matrices are sharded along one axis, or along both if the number of chips does not divide it.
+    The lengths of shards and tiles divide each other.
     """
 
     def spec(leaf: jax.ShapeDtypeStruct) -> P:
@@ -110,8 +110,8 @@ def specs_of(model: Model, params: Any, split: str, chips: int) -> Any:
     return jax.tree.map(spec, params)
 
 
-def loss_of(model: Model, split: NamedSharding) -> Callable[[Any, jax.Array], jax.Array]:
-    """The cross-entropy of a batch that is split among all chips, as activations are."""
+def loss_of(model: Model, activations: NamedSharding) -> Callable[[Any, jax.Array], jax.Array]:
+    """The cross-entropy of a batch, with the sharding of activations."""
     heads, size = model.heads, model.width // model.heads
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -132,14 +132,14 @@ def loss_of(model: Model, split: NamedSharding) -> Callable[[Any, jax.Array], ja
         w = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), w)
         x = x + attention(norm(x, w["norms"]["attention"]), w["attention"])
         x = x + mlp(norm(x, w["norms"]["mlp"]), w["mlp"])
-        return jax.lax.with_sharding_constraint(x, split), None
+        return jax.lax.with_sharding_constraint(x, activations), None
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
-        x = jax.lax.with_sharding_constraint(x, split)
+        x = jax.lax.with_sharding_constraint(x, activations)
         x, _ = jax.lax.scan(layer, x, params["layers"])
         logits = (x @ params["lm_head"].astype(jnp.bfloat16)).astype(jnp.float32)
-        logits = jax.lax.with_sharding_constraint(logits, split)
+        logits = jax.lax.with_sharding_constraint(logits, activations)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     return loss
@@ -149,7 +149,7 @@ def loss_of(model: Model, split: NamedSharding) -> Callable[[Any, jax.Array], ja
 
 
 def matrices_of_layers(params: Any) -> Any:
-    """Says of the stacked layers that their first axis counts matrices."""
+    """Dimension numbers in which the first axis of stacked layers is a batch axis."""
     numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
     return jax.tree.map(lambda leaf: numbers if len(leaf.shape) == 3 else None, params)
 
@@ -182,7 +182,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, for one chip."""
+    """Properties of a compiled program, for one chip."""
 
     seconds: float
     temporaries: int  # bytes
@@ -192,11 +192,11 @@ class Compiled:
 
 
 def compile_program(lowered: Any, of_optimizer: bool) -> Compiled:
-    """Compiles a program and reads what it holds and exchanges.
+    """Compiles a program and counts its collectives.
 
-    One collective may be written several times, where parts of it run beside other work, with one
-    channel for all. It is inside the optimizer's work where its name says so, and, since not all
-    have names, in a program of the optimizer alone where it has none and is in a branch or a loop.
+    A collective whose parts run beside other work appears several times, with one channel. It is
+    inside the optimizer's work if its name says so. Some have no name: in a program of the
+    optimizer alone, they are inside if they are in a branch or a loop.
     """
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -221,11 +221,11 @@ def compile_program(lowered: Any, of_optimizer: bool) -> Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A training step of one model with one optimizer on one pod; bytes are those of a chip."""
+    """A training step of one model with one optimizer on one pod; bytes are per chip."""
 
     pod: str
     model: str
-    split_over: int  # chips
+    sharded_over: int  # chips
     optimizer: str
     parameters: int
     state: int
@@ -236,7 +236,7 @@ class Row:
 
 
 def compile_step(pod: str, name: str, split: str, label: str, mesh: Mesh) -> Row:
-    """Compiles a training step, and the update in it by itself."""
+    """Compiles a training step, and its update alone."""
     model, stack_sharding = MODELS[name], NamedSharding(mesh, P(mesh.axis_names))
     params = shapes_of(model)
     specs = specs_of(model, params, split, mesh.size)
@@ -260,7 +260,7 @@ def compile_step(pod: str, name: str, split: str, label: str, mesh: Mesh) -> Row
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
         value, grads = jax.value_and_grad(loss)(params, tokens)
-        # What the optimizer does with gradients must not decide how they are computed.
+        # Without a constraint, the optimizer's use of gradients decides how they are computed.
         grads = jax.lax.with_sharding_constraint(grads, of_params)
         return *update(grads, params, state), value
 
@@ -301,7 +301,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def local_bytes(tree: Any, shardings: Any) -> int:
-    """What one chip holds of a tree."""
+    """The bytes of a tree on one chip."""
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
@@ -313,7 +313,7 @@ def local_bytes(tree: Any, shardings: Any) -> int:
 AXES = ("data", "fsdp")
 SPLITS = ("all", "groups")
 OPTIMIZERS = ("AdamW", "SOAP")
-UNSAID = "SOAP without param_shardings"
+NO_HINTS = "SOAP without param_shardings"
 
 
 def mesh_of(pod: str, split: str) -> Mesh:
@@ -326,44 +326,53 @@ def mesh_of(pod: str, split: str) -> Mesh:
     return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def cells_of(row: Row) -> Iterable[str]:
-    yield from (row.pod, row.model, str(row.split_over), row.optimizer)
-    yield f"{row.step.seconds:.0f}"
-    yield from (megabytes(row.parameters), megabytes(row.state), megabytes(row.even_share))
-    yield from (megabytes(row.step.temporaries), *exchanged(row.step))
-    yield from (f"{row.update.seconds:.0f}", megabytes(row.update.temporaries))
-    yield megabytes(row.largest_stack) if row.largest_stack else "-"
-    yield from (*exchanged(row.update), str(row.step.inside + row.update.inside))
-
-
-def exchanged(program: Compiled) -> Iterable[str]:
-    yield ", ".join(f"{count} {kind}" for kind, count in program.collectives.items())
-    yield megabytes(program.received)
-
-
 def megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f}"
+    return f"{count / 1e6:,.1f}" if count else "-"
 
 
-HEADER = (
-    "pod",
-    "model",
-    "split over",
-    "optimizer",
-    "compile s",
-    "parameters MB",
-    "state MB",
-    "even share MB",
-    "temporaries MB",
-    "collectives",
-    "received MB",
-    "update alone: compile s",
-    "temporaries MB",
-    "largest stack MB",
-    "collectives",
-    "received MB",
-    "inside",
-)
+def collectives_of(program: Compiled) -> dict[str, str]:
+    counts = ", ".join(f"{count} {kind}" for kind, count in program.collectives.items())
+    return {"collectives": counts, "received MB": f"{program.received / 1e6:,.1f}"}
+
+
+# What each table shows of a row, besides the columns that identify it.
+TABLES: dict[str, Callable[[Row], dict[str, str]]] = {
+    "compile time": lambda row: {
+        "training step s": f"{row.step.seconds:.0f}",
+        "update alone s": f"{row.update.seconds:.0f}",
+    },
+    "parameters and state": lambda row: {
+        "parameters MB": megabytes(row.parameters),
+        "state MB": megabytes(row.state),
+        "even share MB": megabytes(row.even_share),
+    },
+    "temporaries": lambda row: {
+        "training step MB": megabytes(row.step.temporaries),
+        "update alone MB": megabytes(row.update.temporaries),
+        "largest stack MB": megabytes(row.largest_stack),
+    },
+    "collectives of the training step": lambda row: collectives_of(row.step),
+    "collectives of the update alone": lambda row: {
+        **collectives_of(row.update),
+        "inside": str(row.step.inside + row.update.inside),
+    },
+}
+
+
+def table_of(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]]) -> str:
+    """A table of Markdown."""
+    cells = [
+        {
+            "pod": row.pod,
+            "model": row.model,
+            "sharded over": str(row.sharded_over),
+            "optimizer": row.optimizer,
+            **columns(row),
+        }
+        for row in rows
+    ]
+    lines = [cells[0].keys(), ["---"] * len(cells[0]), *(row.values() for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> int:
@@ -374,15 +383,19 @@ def main() -> int:
     parser.add_argument("--pods", nargs="+", default=["v5e:16x16", "v5p:8x8x8"])
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument(
-        "--optimizers", nargs="+", choices=(*OPTIMIZERS, UNSAID), default=OPTIMIZERS
+        "--optimizers", nargs="+", choices=(*OPTIMIZERS, NO_HINTS), default=OPTIMIZERS
     )
     arguments = parser.parse_args()
-    print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
-    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
-    of_table = (arguments.splits, arguments.pods, arguments.models, arguments.optimizers)
-    for split, pod, name, label in itertools.product(*of_table):
-        row = compile_step(pod, name, split, label, mesh_of(pod, split))
-        print(f"| {' | '.join(cells_of(row))} |", flush=True)
+    print(f"JAX {jax.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores")
+    of_table = (arguments.pods, arguments.models, arguments.optimizers)
+    for split in arguments.splits:
+        rows = []
+        for pod, name, label in itertools.product(*of_table):
+            rows.append(compile_step(pod, name, split, label, mesh_of(pod, split)))
+            seconds = rows[-1].step.seconds + rows[-1].update.seconds
+            print(f"{split}, {pod}, {name}, {label}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        for title, columns in TABLES.items():
+            print(f"\n{split}: {title}\n\n{table_of(rows, columns)}", flush=True)
     return 0
 
 

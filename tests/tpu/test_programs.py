@@ -1,4 +1,4 @@
-"""The TPU compiler's word on training steps for pods; without a TPU, in an environment of its own.
+"""Programs that the TPU compiler makes of training steps for pods, in a separate environment.
 
     pip install ".[tpu]"
     python -m pytest tests/tpu
@@ -7,6 +7,7 @@ All of it takes half an hour on two cores; `-k "360m and v5e"` takes minutes.
 """
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_for_pods.py")
 LIMIT_IN_SECONDS = 3600
 
-# libtpu prints warnings where there is no TPU and slows JAX down, so that only the extra has it.
+# libtpu prints warnings without a TPU and slows JAX down, so only the extra `tpu` installs it.
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu"),
     pytest.mark.timeout(LIMIT_IN_SECONDS + 60),
@@ -37,6 +38,16 @@ def test_every_decomposition_compiles_for_a_tpu() -> None:
     assert len(rows) == 6
 
 
+def cells_of_one_row(output: str) -> dict[str, dict[str, str]]:
+    """The cells of tables with one row, by title and column."""
+    tables = {}
+    for title, table in itertools.pairwise(part.strip() for part in output.split("\n\n")):
+        if table.startswith("|"):
+            header, _, row = (line.strip("| ").split(" | ") for line in table.splitlines())
+            tables[title] = dict(zip(header, row, strict=True))
+    return tables
+
+
 @pytest.mark.parametrize("pod", ["v5e:16x16", "v5p:8x8x8"])
 @pytest.mark.parametrize("model", ["360m", "660m", "7b"])
 @pytest.mark.parametrize("split", ["all", "groups"])
@@ -52,19 +63,19 @@ def test_a_training_step_compiles_for_a_pod_with_its_state_sharded_evenly(
         timeout=LIMIT_IN_SECONDS,
     )
     assert process.returncode == 0, process.stderr[-5000:]
-    rows = [line.strip("| ").split(" | ") for line in process.stdout.splitlines() if "|" in line]
-    header, _, cells = rows
-    numbers = [cell.replace(",", "") for cell in cells]
-    state, even_share, largest, parameters = (
-        float(numbers[header.index(name)])
-        for name in ("state MB", "even share MB", "largest stack MB", "parameters MB")
-    )
-    assert state <= 1.1 * even_share
-    # Of the update by itself, which comes second.
-    temporaries = float(numbers[len(header) - 1 - header[::-1].index("temporaries MB")])
+    cells = cells_of_one_row(process.stdout)
+
+    def number(table: str, column: str) -> float:
+        return float(cells[f"{split}: {table}"][column].replace(",", ""))
+
+    parameters = number("parameters and state", "parameters MB")
+    state = number("parameters and state", "state MB")
+    assert state <= 1.1 * number("parameters and state", "even share MB")
+    temporaries = number("temporaries", "update alone MB")
+    largest = number("temporaries", "largest stack MB")
     if split == "all":
         assert temporaries <= 2 * largest
-    else:  # A chip brings in gradients and takes out updates of its part of the parameters.
+    else:  # A chip also receives gradients and sends updates of its shard of the parameters.
         assert temporaries <= 2 * (largest + parameters)
     # No collective in the refresh or in the step of blocks.
-    assert numbers[header.index("inside")] == "0"
+    assert number("collectives of the update alone", "inside") == 0
