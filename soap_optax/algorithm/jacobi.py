@@ -17,29 +17,38 @@ def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Array:
     alone, and rotates by all angles at once. A sweep that begins with an off-diagonal mass below
     `ENOUGH` leaves about the square of that mass, so no other sweep follows. Columns stay in place.
     """
-    factor = lax.stop_gradient(factor)
 
-    def goes_on(carry: tuple[Array, Array, Array, Array]) -> Array:
-        sweep, mass, _, _ = carry
-        return (sweep < SWEEPS) & (mass > ENOUGH)
-
-    def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        number, _, basis, product = carry
+    def sweep(carry: tuple[Array, Array], number: Array) -> tuple[Array, Array]:
+        basis, first = carry
         product = lax.cond(
             number > 0,
             lambda basis, _first: matmul(factor, basis),
             lambda _basis, first: first,
             basis,
-            product,
+            first,
         )
         mass = off_diagonal_mass(product, basis)
         step = rotation(rotation_angles(matmul(basis.T, product)))
-        return number + 1, mass, nearest_orthonormal(matmul(basis, step)), product
+        return nearest_orthonormal(matmul(basis, step)), mass
+
+    def sweep_unless_done(
+        carry: tuple[Array, Array, Array], number: Array
+    ) -> tuple[tuple[Array, Array, Array], None]:
+        basis, first, mass = carry
+        basis, mass = lax.cond(
+            mass > ENOUGH,
+            lambda basis, first, _mass: sweep((basis, first), number),
+            lambda basis, _first, mass: (basis, mass),
+            basis,
+            first,
+            mass,
+        )
+        return (basis, first, mass), None
 
     # Computed from an entry: in a `shard_map` it then varies over devices, as the masses do.
     unmeasured = jnp.full_like(product[0, 0], jnp.inf)
-    start = (jnp.int32(0), unmeasured, basis, product)
-    _, _, basis, _ = lax.while_loop(goes_on, sweep, jax.tree.map(lax.stop_gradient, start))
+    # A loop of fixed length, unlike `lax.while_loop`, has a reverse mode.
+    (basis, _, _), _ = lax.scan(sweep_unless_done, (basis, product, unmeasured), jnp.arange(SWEEPS))
     return basis
 
 
@@ -60,7 +69,8 @@ def rotation_angles(rotated: Array) -> Array:
     tangents = jnp.where(is_entry, twice / (jnp.abs(gap) + root), 0)
     # Swapping row and column changes the sign of the gap, except where the gap is zero.
     tangents = jnp.triu(tangents) - jnp.triu(tangents).T
-    shrink = jnp.minimum(1, 0.5 / jnp.maximum(jnp.linalg.norm(tangents, axis=0), 0.5))
+    # The root of 0 has no finite derivative.
+    shrink = 0.5 / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(tangents), axis=0), 0.25))
     return tangents * jnp.minimum(shrink[None, :], shrink[:, None])
 
 

@@ -11,7 +11,13 @@ import numpy as np
 from jax import Array, lax
 from jax.lax import Precision
 
-from soap_optax.linalg import descending_eigenvectors, matmul, multiply_along, nearest_orthonormal
+from soap_optax.linalg import (
+    descending_eigenvectors,
+    matmul,
+    multiply_along,
+    nearest_orthonormal,
+    zero_rows,
+)
 
 # Pairs of neighbouring chunks come first: columns with similar eigenvalues rotate fastest.
 CHUNKS = 8
@@ -74,8 +80,10 @@ def rotate_chunks(factor: Array, basis: Array, starts: Array) -> PartlyNewBasis:
     """Rotates the columns of some chunks, to diagonalize their part of `Q^T L Q`."""
     columns = take_chunks(basis, 1, starts)
     rotated = matmul(columns.T, matmul(factor, columns))
-    descending = jnp.argsort(jnp.diagonal(rotated), descending=True)
-    rotation = descending_eigenvectors((rotated + rotated.T) / 2)
+    symmetric = (rotated + rotated.T) / 2
+    quotients = jnp.where(zero_rows(symmetric), -jnp.inf, jnp.diagonal(symmetric))
+    descending = jnp.argsort(quotients, descending=True)
+    rotation = descending_eigenvectors(symmetric)
     new = put_chunks(basis, 1, starts, matmul(columns, rotation))
     numbers = jnp.arange(len(basis))
     permutation = put_chunks(numbers, 0, starts, take_chunks(numbers, 0, starts)[descending])

@@ -22,11 +22,14 @@ from jax import Array, lax
 
 from soap_optax.algorithm.jacobi import jacobi_sweeps
 from soap_optax.linalg import (
+    decoupled_columns,
+    decoupled_rows,
     descending_eigenvectors,
     is_orthonormal,
     orthonormalize,
     orthonormalize_by_cholesky,
     rayleigh_quotients,
+    with_rows_last,
 )
 
 RefreshMethod = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
@@ -46,31 +49,38 @@ def orthogonal_iteration(factor: Array, basis: Array, product: Array) -> NewBasi
     orthogonalizes each column against the columns before it, so an ascending sort would move away
     from the eigenbasis.
     """
-    del factor
-    permutation = descending_permutation(product, basis)
-    sorted_product = product.T[permutation].T  # On CPUs, gathering rows is faster than columns.
-    return NewBasis(orthonormalize(sorted_product), permutation)
+    return _orthogonalized(orthonormalize, factor, basis, product)
 
 
 def cholesky_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
     """The same step by a Cholesky decomposition, or by a QR where the Cholesky basis fails."""
-    del factor
-    permutation = descending_permutation(product, basis)
-    sorted_product = product[:, permutation]
-    fast = orthonormalize_by_cholesky(sorted_product)
-    basis = lax.cond(
-        is_orthonormal(fast),
-        lambda fast, _product: fast,
-        lambda _fast, product: orthonormalize(product),
-        fast,
-        sorted_product,
-    )
-    return NewBasis(basis, permutation)
+
+    def orthonormalize_fast(matrix: Array) -> Array:
+        fast = orthonormalize_by_cholesky(matrix)
+        return lax.cond(
+            is_orthonormal(fast),
+            lambda fast, _matrix: fast,
+            lambda _fast, matrix: orthonormalize(matrix),
+            fast,
+            matrix,
+        )
+
+    return _orthogonalized(orthonormalize_fast, factor, basis, product)
+
+
+def _orthogonalized(
+    orthonormalize: Callable[[Array], Array], factor: Array, basis: Array, product: Array
+) -> NewBasis:
+    """The columns of `L Q`, sorted and orthonormalized, without the rows that have no gradient."""
+    rows = decoupled_rows(factor, basis)
+    permutation = descending_permutation(product, basis, last=decoupled_columns(rows, basis))
+    return NewBasis(with_rows_last(orthonormalize, product, rows, permutation), permutation)
 
 
 def eigendecomposition(factor: Array, basis: Array, product: Array) -> NewBasis:
     """The eigenvectors: column `k` gets the eigenvector of the k-th largest eigenvalue."""
-    permutation = descending_permutation(product, basis)
+    last = decoupled_columns(decoupled_rows(factor, basis), basis)
+    permutation = descending_permutation(product, basis, last)
     return NewBasis(descending_eigenvectors(factor), permutation)
 
 
@@ -109,6 +119,13 @@ METHODS: dict[str, Callable[[Array, Array, Array], NewBasis]] = {
 }
 
 
-def descending_permutation(product: Array, basis: Array) -> Array:
-    """The columns by their Rayleigh quotients, the largest first, `(d,)`."""
-    return jnp.argsort(rayleigh_quotients(product, basis), descending=True)
+def descending_permutation(product: Array, basis: Array, last: Array) -> Array:
+    """The columns by their Rayleigh quotients, the largest first, `(d,)`.
+
+    Args:
+      product: `L Q`, `(d, d)`.
+      basis: `Q`, `(d, d)`.
+      last: the columns that come after all others, `(d,)`.
+    """
+    quotients = jnp.where(last, -jnp.inf, rayleigh_quotients(product, basis))
+    return jnp.argsort(quotients, descending=True)

@@ -75,7 +75,8 @@ def step_block(
     bases = [basis.astype(grad.dtype) for basis in state.bases]
     rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
     mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
-    direction = adam_direction(mu, second_moment.estimate(nu), hyper)  # N'
+    estimate = second_moment.estimate(nu)
+    direction = adam_direction(without_rounding(mu, estimate), estimate, hyper)  # N'
     scale = bias_correction(state.accepted_gradients, hyper) * normalization(direction, hyper)
     scaled = direction * jnp.where(applied, scale, 0)
     update = rotate_back(scaled, bases, axes, hyper.precision)  # N
@@ -134,9 +135,23 @@ def average_moments(
 
 def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     """Adam's direction before bias correction; `eps` is added to the uncorrected root."""
+    return mu / (_root(nu) + hyper.eps)
+
+
+# A root of the second moment up to so many machine epsilons of the block's largest is a rounding
+# error of the rotation. See docs/explanation/numerics.md for the evidence.
+ROUNDING = 32
+
+
+def without_rounding(mu: Array, nu: Array) -> Array:
+    """A rotated first moment without the entries whose second moment is a rounding error."""
+    root = _root(nu)
+    return jnp.where(root > ROUNDING * jnp.finfo(root.dtype).eps * jnp.max(root), mu, 0)
+
+
+def _root(nu: Array) -> Array:
     has_size = nu > 0  # The root of 0 has no finite derivative.
-    root = jnp.where(has_size, jnp.sqrt(jnp.where(has_size, nu, 1)), 0)
-    return mu / (root + hyper.eps)
+    return jnp.where(has_size, jnp.sqrt(jnp.where(has_size, nu, 1)), 0)
 
 
 def bias_correction(applied_update: Array, hyper: Hyperparameters) -> Array:

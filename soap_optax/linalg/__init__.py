@@ -18,8 +18,16 @@ from soap_optax.linalg.orthonormality import (
 )
 from soap_optax.linalg.products import gram_matrix, matmul, multiply_along
 from soap_optax.linalg.triangle import fold, folded_like, folded_shape, unfolded
+from soap_optax.linalg.zero_rows import (
+    decoupled_columns,
+    decoupled_rows,
+    with_rows_last,
+    zero_rows,
+)
 
 __all__ = [
+    "decoupled_columns",
+    "decoupled_rows",
     "departure_from_orthonormality",
     "descending_eigenvectors",
     "fold",
@@ -36,4 +44,6 @@ __all__ = [
     "orthonormalize_by_cholesky",
     "rayleigh_quotients",
     "unfolded",
+    "with_rows_last",
+    "zero_rows",
 ]

@@ -3,7 +3,7 @@
 LAPACK is called for one matrix at a time, under any transformation of the caller. Batched
 decompositions under a conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU
 programs slow to compile. `sequential_vmap` turns a batch into a loop. Such a loop has no reverse
-mode, and `stop_gradient` makes derivatives through an update take the bases as constants.
+mode, so each decomposition has its derivative from `soap_optax.linalg.derivatives`.
 """
 
 from functools import partial
@@ -14,9 +14,15 @@ from jax.custom_batching import sequential_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from soap_optax.linalg.derivatives import (
+    derivative_of_eigenvectors,
+    derivative_of_qr,
+    with_derivative,
+)
 from soap_optax.linalg.householder import q_from_panels
 from soap_optax.linalg.orthonormality import nearest_orthonormal
 from soap_optax.linalg.products import gram_matrix
+from soap_optax.linalg.zero_rows import with_rows_last, zero_rows
 
 # The length from which CPUs use the blocked QR: it takes two thirds of LAPACK's time at 512, two
 # fifths at 1024 and 2048, and the same time at 256.
@@ -67,11 +73,13 @@ def _cholesky_qr(matrix: Array) -> Array:
     return lax.linalg.triangular_solve(lower, scaled, lower=True, transpose_a=True)
 
 
+@with_derivative(derivative_of_qr)
 def orthonormalize(matrix: Array) -> Array:
     """The `Q` of a QR decomposition of a square matrix, `(d, d)`, by Householder reflections."""
-    return _qr(lax.stop_gradient(matrix))
+    return _qr(matrix)
 
 
+@with_derivative(derivative_of_qr)
 def orthonormalize_by_cholesky(matrix: Array) -> Array:
     """The same `Q` up to the signs of its columns, from the Cholesky factor of the Gram matrix.
 
@@ -82,9 +90,23 @@ def orthonormalize_by_cholesky(matrix: Array) -> Array:
     References:
       Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
     """
-    return nearest_orthonormal(_cholesky_qr(lax.stop_gradient(matrix)))
+    return nearest_orthonormal(_cholesky_qr(matrix))
+
+
+@with_derivative(derivative_of_eigenvectors)
+def _ascending_eigenvectors(matrix: Array) -> Array:
+    return _eigh(matrix)
 
 
 def descending_eigenvectors(factor: Array) -> Array:
-    """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`."""
-    return _eigh(lax.stop_gradient(factor))[:, ::-1]
+    """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`.
+
+    The eigenvectors of rows of zeros are unit vectors and come last.
+    """
+    bound = jnp.max(jnp.sum(jnp.abs(factor), axis=0))  # of the largest magnitude of an eigenvalue
+    return with_rows_last(
+        lambda matrix: _ascending_eigenvectors(matrix)[:, ::-1],
+        factor,
+        rows=zero_rows(factor),
+        value=-2 * jnp.where(bound > 0, bound, 1),
+    )

@@ -6,6 +6,7 @@ Every function takes one matrix, or one array.
 import jax.numpy as jnp
 from jax import Array, lax
 
+from soap_optax.linalg.derivatives import derivative_of_nearest_orthonormal, with_derivative
 from soap_optax.linalg.products import gram_matrix, matmul
 
 
@@ -84,6 +85,7 @@ def _signs(length: int, dtype: jnp.dtype) -> Array:
     return jnp.where(bits >> 31 == 0, 1, -1).astype(dtype)
 
 
+@with_derivative(derivative_of_nearest_orthonormal)
 def nearest_orthonormal(matrix: Array) -> Array:
     """The orthonormal matrix nearest to a nearly orthonormal one.
 
@@ -107,5 +109,4 @@ def nearest_orthonormal(matrix: Array) -> Array:
         matrix = matmul(matrix, 1.5 * identity - 0.5 * gram / scale) / jnp.sqrt(scale)
         return iteration + 1, matrix
 
-    start = (jnp.int32(0), lax.stop_gradient(matrix))
-    return lax.while_loop(departs, iterate, start)[1]
+    return lax.while_loop(departs, iterate, (jnp.int32(0), matrix))[1]
