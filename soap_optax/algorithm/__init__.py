@@ -15,6 +15,7 @@ from soap_optax.algorithm.step import (
     bias_correction,
     is_acceptable,
     normalization,
+    rounding_level,
     step_block,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "is_acceptable",
     "normalization",
     "refresh",
+    "rounding_level",
     "second_moment_estimate",
     "step_block",
 ]

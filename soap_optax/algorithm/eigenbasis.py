@@ -114,7 +114,7 @@ def adopt(
         bases=refreshed.bases,
         mu=refreshed.mu,
         nu=refreshed.nu,
-        refreshes=state.refreshes + ~refreshed.skipped,
+        refreshes=state.refreshes + (~refreshed.skipped).astype(jnp.int32),
     )
     rejected = state._replace(rejected_refreshes=state.rejected_refreshes + 1)
     return jax.tree.map(

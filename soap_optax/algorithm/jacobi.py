@@ -1,6 +1,5 @@
 """The refresh method `jacobi`: simultaneous Jacobi rotations, from matrix products alone."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 

@@ -81,10 +81,10 @@ def step_block(
     scaled = direction * jnp.where(applied, scale, 0)
     update = rotate_back(scaled, bases, axes, hyper.precision)  # N
     return update, state._replace(
-        accepted_gradients=state.accepted_gradients + accepted,
+        accepted_gradients=state.accepted_gradients + accepted.astype(jnp.int32),
         mu=mu.astype(state.mu.dtype),
         nu=nu,
-        age=state.age + applied,
+        age=state.age + applied.astype(jnp.int32),
     )
 
 
@@ -138,15 +138,24 @@ def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     return mu / (_root(nu) + hyper.eps)
 
 
-# A root of the second moment up to so many machine epsilons of the block's largest is a rounding
-# error of the rotation. See docs/explanation/numerics.md for the evidence.
+# The rounding errors of a rotation, in machine epsilons of the block's largest root. The evidence is
+# in docs/explanation/numerics.md.
 ROUNDING = 32
 
 
+def rounding_level(root: Array) -> Array:
+    """The root of the second moment, `(*block)`, up to which it is a rounding error, a scalar."""
+    return ROUNDING * jnp.finfo(root.dtype).eps * jnp.max(root)
+
+
 def without_rounding(mu: Array, nu: Array) -> Array:
-    """A rotated first moment without the entries whose second moment is a rounding error."""
+    """A rotated first moment without the entries whose second moment is a rounding error.
+
+    In the null directions of a factor, a rotated gradient is a rounding error. Divided by its own
+    root, it would become an update of full size. An entry without a gradient has a root of zero.
+    """
     root = _root(nu)
-    return jnp.where(root > ROUNDING * jnp.finfo(root.dtype).eps * jnp.max(root), mu, 0)
+    return jnp.where(root > rounding_level(root), mu, 0)
 
 
 def _root(nu: Array) -> Array:

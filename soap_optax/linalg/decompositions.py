@@ -67,7 +67,7 @@ def _eigh(matrix: Array) -> Array:
 
 @sequential_vmap
 def _cholesky_qr(matrix: Array) -> Array:
-    lengths = jnp.linalg.norm(matrix, axis=0)
+    lengths = jnp.linalg.norm(matrix, axis=0, keepdims=True)
     scaled = matrix / jnp.where(lengths > 0, lengths, 1)
     lower = lax.linalg.cholesky(gram_matrix(scaled, 1), symmetrize_input=False)
     return lax.linalg.triangular_solve(lower, scaled, lower=True, transpose_a=True)

@@ -59,7 +59,7 @@ def derivative_of_qr(matrix: Array, tangent: Array, basis: Array) -> Array:
     triangle = jnp.where(is_zero[:, None] | is_zero[None, :], identity, triangle)
     rotated = matmul(basis.T, tangent)
     lower = lax.linalg.triangular_solve(triangle, rotated, left_side=False, lower=False)
-    lower = jnp.where(is_zero, 0, jnp.tril(lower, -1))
+    lower = jnp.where(is_zero[None, :], 0, jnp.tril(lower, -1))
     return matmul(basis, lower - lower.T)
 
 

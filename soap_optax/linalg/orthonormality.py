@@ -33,7 +33,7 @@ def off_diagonal_mass(product: Array, basis: Array) -> Array:
     """
     largest = largest_magnitude(product)
     scaled = product / jnp.where(largest > 0, largest, 1)  # Else squares overflow, or vanish.
-    off_diagonal = scaled - basis * rayleigh_quotients(scaled, basis)
+    off_diagonal = scaled - basis * rayleigh_quotients(scaled, basis)[None, :]
     whole = jnp.sqrt(jnp.sum(jnp.square(scaled)))
     return jnp.sqrt(jnp.sum(jnp.square(off_diagonal))) / jnp.where(whole > 0, whole, 1)
 
@@ -79,7 +79,7 @@ def probed_departure(basis: Array) -> Array:
 def _signs(length: int, dtype: jnp.dtype) -> Array:
     """Pseudorandom vectors of signs, `(length, PROBES)`, from a hash of the entries' numbers."""
     bits = jnp.arange(length, dtype=jnp.uint32)[:, None] * PROBES
-    bits = bits + jnp.arange(PROBES, dtype=jnp.uint32)
+    bits = bits + jnp.arange(PROBES, dtype=jnp.uint32)[None, :]
     for factor in (0x7FEB352D, 0x846CA68B):  # The constants of Wellons' hash `lowbias32`, 2018.
         bits = (bits ^ (bits >> 16)) * jnp.uint32(factor)
     return jnp.where(bits >> 31 == 0, 1, -1).astype(dtype)

@@ -43,5 +43,5 @@ def unfold(folded: Array, d: int) -> Array:
 
 
 def _belongs_to_lower_half(half: int, width: int) -> Array:
-    rows, columns = jnp.arange(half)[:, None], jnp.arange(width)
+    rows, columns = jnp.arange(half)[:, None], jnp.arange(width)[None, :]
     return columns < width - 1 - rows

@@ -1,10 +1,10 @@
 """Rows of zeros in a symmetric matrix, decoupled from all other rows exactly.
 
 A row without a gradient is a row of zeros in its factor. In exact arithmetic its unit vector is an
-eigenvector, and all other eigenvectors are zero there. Decompositions round: they mix a row of zeros
-with null directions, and leave errors of the size of the machine epsilon in the others. Divided by
-its own root, such an error becomes an update of full size. So decompositions get the rows of zeros
-last, and an identity takes the place of what they return for them.
+eigenvector, and all other eigenvectors are zero there. Decompositions round: they mix a row of
+zeros with null directions, and leave errors of the size of the machine epsilon in the others.
+Divided by its own root, such an error becomes an update of full size. So decompositions get the
+rows of zeros last, and unit vectors replace the vectors that they return for these rows.
 """
 
 from collections.abc import Callable

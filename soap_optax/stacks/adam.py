@@ -65,8 +65,10 @@ def update_adam(
             unit(update, correction[leaf]) for update, leaf in zip(updates, leaves, strict=True)
         ]
     return updates, AdamState(
-        accepted_gradients=layout.replicate(state.accepted_gradients + accepted),
-        rejected_gradients=layout.replicate(state.rejected_gradients + ~accepted),
+        accepted_gradients=layout.replicate(state.accepted_gradients + accepted.astype(jnp.int32)),
+        rejected_gradients=layout.replicate(
+            state.rejected_gradients + (~accepted).astype(jnp.int32)
+        ),
         mu=mu.astype(state.mu.dtype),
         nu=nu,
     )

@@ -101,7 +101,8 @@ def _update_blocks(
         updates, state = jax.vmap(step)(grads, accepted, state)
         if timing.order == "before_gradient":
             state = average_factors(state)
-    return updates, state._replace(rejected_gradients=before.rejected_gradients + ~acceptable)
+    rejected = before.rejected_gradients + (~acceptable).astype(jnp.int32)
+    return updates, state._replace(rejected_gradients=rejected)
 
 
 def _average_factors(

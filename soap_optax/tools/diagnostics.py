@@ -15,7 +15,7 @@ from jax import Array
 from jax.lax import Precision
 from jax.typing import ArrayLike
 
-from soap_optax.algorithm import second_moment_estimate
+from soap_optax.algorithm import rounding_level, second_moment_estimate
 from soap_optax.linalg import (
     departure_from_orthonormality,
     largest_magnitude,
@@ -45,7 +45,7 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
     - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`. It is the
       size of an update before ``eps``, bias correction, ``normalize_grads``, weight decay and
       learning rate, which the state does not contain. Entries count if their :math:`\sqrt{V'}`
-      exceeds rounding: the machine epsilon times the block's largest. 0 if none does.
+      exceeds rounding: 32 machine epsilons times the block's largest. 0 if none does.
 
     The first three are the largest over the factors of the first `sample` blocks. The fourth covers
     all blocks; ``soap/adam/direction_rms`` is the same for parameters without a preconditioner. For
@@ -114,18 +114,18 @@ def condition_number(quotients: Array) -> Array:
 def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
     """The root mean square of `M' / sqrt(V')` over the entries that `_direction` counts."""
     squares, entries = _direction(mu, root, rounding)
-    return jnp.sqrt(squares / jnp.maximum(entries, 1))
+    return jnp.sqrt(squares / jnp.maximum(entries, 1).astype(squares.dtype))
 
 
 def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Array]:
     """The sum of squares of `M' / sqrt(V')`, and the number of entries in the sum.
 
-    In the null directions of a factor, such as rows without a gradient, both moments are rounding
-    errors. `eps` keeps them out of an update, and `rounding` keeps them out of the sum.
+    In the null directions of a factor both moments are rounding errors. A step sets their direction
+    to zero (`soap_optax.algorithm.step.without_rounding`), and they do not count here.
     """
     counts = ~(root <= rounding)  # A NaN counts, so that it shows.
     direction = jnp.where(counts, mu.astype(root.dtype) / jnp.where(counts, root, 1), 0)
-    return jnp.sum(jnp.square(direction)), jnp.sum(counts)
+    return jnp.sum(jnp.square(direction)), jnp.sum(counts, dtype=jnp.int32)
 
 
 def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
@@ -161,14 +161,13 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
         (stack.mu, stack.nu),
     )
     root = jnp.sqrt(jax.vmap(second_moment_estimate)(nu))
-    of_block = tuple(range(1, root.ndim))
-    rounding = jnp.finfo(root.dtype).eps * jnp.max(root, axis=of_block, keepdims=True)
+    rounding = jax.vmap(rounding_level)(root).reshape([-1] + [1] * (root.ndim - 1))
     scalars = worst | {"direction_rms": direction_rms(mu, root, rounding)}
     return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
 
 
 def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
-    wide = jnp.promote_types(factor.dtype, jnp.float32)
+    wide = jnp.float64 if factor.dtype == jnp.float64 else jnp.float32
     factor, basis = unfolded(factor, len(basis)).astype(wide), basis.astype(wide)
     product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
     return {
@@ -212,7 +211,8 @@ def _rms_of_vectors(vectors: Sequence[AdamState]) -> Array:
     """The root mean square of the direction over several vectors, without an excluded entry."""
     sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
     squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
-    return jnp.sqrt(squares / jnp.maximum(sum(entries for _, entries in sums), 1))
+    entries = sum((part for _, part in sums), jnp.int32(0))
+    return jnp.sqrt(squares / jnp.maximum(entries, 1).astype(jnp.float32))
 
 
 def _total(counters: Sequence[Array]) -> Array:
