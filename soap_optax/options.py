@@ -1,5 +1,6 @@
 """The arguments of `scale_by_soap`, as the wings take them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import blocks, devices, stacks
 from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
@@ -30,17 +31,22 @@ class Structure:
     stack_multiple: int | None
     param_shardings: Any
 
-    def layout_of(self, tree: Any) -> Layout:
-        """The plan of parameters or gradients and their layout on devices, checked."""
+    def layout_of(self, tree: Any, statistics: Sequence[DTypeLike] | None = None) -> Layout:
+        """The plan of parameters or gradients and their layout on devices, checked.
+
+        `statistics` are the dtypes of the leaves' statistics; None means that their own decide.
+        """
         sharding = self.stack_sharding
         shards = 1 if sharding is None else devices.shard_count(sharding)
         multiple = self.stack_multiple or shards
-        plan = blocks.plan_of(tree, self.block_options, self.dimension_numbers, multiple)
+        plan = blocks.plan_of(
+            tree, self.block_options, self.dimension_numbers, multiple, statistics
+        )
         return devices.layout_of(tree, plan, sharding, self.param_shardings)
 
-    def initial_state(self, layout: Layout) -> ScaleBySoapState:
+    def initial_state(self, layout: Layout, leaves: Sequence[ArrayLike] = ()) -> ScaleBySoapState:
         """The state before the first gradient."""
-        return stacks.initial_state(layout.plan, self.storage)
+        return stacks.initial_state(layout.plan, self.storage, leaves)
 
     def check_state(self, state: Any, layout: Layout) -> ScaleBySoapState:
         """Returns the state, or raises if `init` would make another one for this layout."""

@@ -229,7 +229,8 @@ def _transformation(
         if blocks.is_placeholder(params):
             return stacks.placeholder_state()
         layout = structure.layout_of(params)
-        return layout.create(lambda: structure.initial_state(layout))
+        leaves = jax.tree.leaves(params)
+        return layout.create(lambda: structure.initial_state(layout, leaves))
 
     def update_fn(
         updates: optax.Updates,
@@ -237,8 +238,8 @@ def _transformation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
-        del params, extra_args
-        layout = structure.layout_of(updates)
+        del extra_args
+        layout = structure.layout_of(updates, blocks.statistics_of(state, updates, params))
         old_state = structure.check_state(state, layout)
         settings = options.settings_at(old_state.count, layout.plan.dtypes)
         leaves, treedef = jax.tree.flatten(updates)

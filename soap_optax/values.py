@@ -38,7 +38,9 @@ def check_eps(name: str, value: Any) -> None:
     if not _is_traced(number) and not _TINY <= _as_float32(number) < math.inf:
         raise ValueError(
             f"{name} must be positive and finite as a normal float32, got {value}; it keeps an "
-            "entry that never had a gradient from becoming 0/0, and 1e-30 is as good as none"
+            "entry that never had a gradient from becoming 0/0, and 1e-30 is as good as none; if "
+            "optax.inject_hyperparams rounded it to float16, as it does for parameters in float16, "
+            "pass it hyperparam_dtype=jnp.float32"
         )
 
 

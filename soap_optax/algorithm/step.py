@@ -138,8 +138,8 @@ def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     return mu / (_root(nu) + hyper.eps)
 
 
-# The rounding errors of a rotation, in machine epsilons of the block's largest root. The evidence is
-# in docs/explanation/numerics.md.
+# The rounding errors of a rotation, in machine epsilons of the block's largest root. See
+# docs/explanation/numerics.md for the evidence.
 ROUNDING = 32
 
 
@@ -183,11 +183,12 @@ def normalization(direction: Array, hyper: Hyperparameters) -> Array:
     if not hyper.normalize_grads:
         return jnp.ones_like(hyper.b1)
     largest = jnp.max(jnp.abs(direction))
-    scaled = direction / jnp.where(largest > 0, largest, 1)  # Squares of tiny entries underflow.
-    mean_square = jnp.mean(jnp.square(scaled))
+    is_zero = ~(largest > 0)
+    safe = jnp.where(is_zero, 1, largest)
+    mean_square = jnp.mean(jnp.square(direction / safe))  # Squares of tiny entries underflow.
     # The root of 0 has no finite derivative.
-    root = jnp.sqrt(jnp.where(largest > 0, mean_square, 1))
-    return 1 / (1e-30 + largest * root)
+    root = safe * jnp.sqrt(jnp.where(is_zero, 1, mean_square))
+    return jnp.where(is_zero, 0, 1 / (1e-30 + root))
 
 
 def average_factor(factor: Array, gram: Array, accepted: Array, beta: Array) -> Array:

@@ -4,7 +4,7 @@ May import: `soap_optax.state`, JAX. Must never know: the equations, meshes and 
 basis is refreshed.
 """
 
-from soap_optax.blocks.checks import check_state, is_placeholder, plan_of
+from soap_optax.blocks.checks import check_state, is_placeholder, plan_of, statistics_of
 from soap_optax.blocks.gather import consecutive_slices, gather, scatter, slice_starts, split
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
@@ -28,5 +28,6 @@ __all__ = [
     "scatter",
     "slice_starts",
     "split",
+    "statistics_of",
     "take_or_zero",
 ]

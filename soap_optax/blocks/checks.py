@@ -1,11 +1,13 @@
 """Checks of the trees and the state that `init` and `update` receive, and the plan of a tree."""
 
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from soap_optax.blocks.plan import Plan, make_plan
@@ -14,15 +16,34 @@ from soap_optax.state import ScaleBySoapState
 
 
 def plan_of(
-    tree: Any, options: BlockOptions, dimension_numbers: Any = None, multiple: int = 1
+    tree: Any,
+    options: BlockOptions,
+    dimension_numbers: Any = None,
+    multiple: int = 1,
+    statistics: Sequence[DTypeLike] | None = None,
 ) -> Plan:
-    """The plan of a tree of parameters or gradients, checked leaf by leaf."""
+    """The plan of a tree of parameters or gradients, checked leaf by leaf.
+
+    Args:
+      tree: parameters or gradients.
+      options: how leaves are cut into blocks.
+      dimension_numbers: the argument of `scale_by_soap`.
+      multiple: the leading axis of the arrays of state is padded to a multiple of this number.
+      statistics: the dtype of each leaf's statistics; None means that its own dtype decides.
+
+    Raises:
+      TypeError: if a leaf is not a real floating-point array.
+      ValueError: if `dimension_numbers` do not fit the tree.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    dtypes = [jnp.result_type(leaf) for _, leaf in leaves]
-    check_leaves([path for path, _ in leaves], dtypes)
+    dtypes = [check_leaf(path, leaf) for path, leaf in leaves]
     axes = axes_of_leaves(dimension_numbers, tree)
     return _cached_plan(
-        tuple(jnp.shape(leaf) for _, leaf in leaves), tuple(dtypes), options, tuple(axes), multiple
+        tuple(jnp.shape(leaf) for _, leaf in leaves),
+        tuple(dtypes if statistics is None else statistics),
+        options,
+        tuple(axes),
+        multiple,
     )
 
 
@@ -38,16 +59,66 @@ def is_placeholder(params: Any) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def check_leaves(paths: Sequence[Any], dtypes: Sequence[DTypeLike]) -> None:
-    """Raises if a leaf is not real floating point."""
-    for path, dtype in zip(paths, dtypes, strict=True):
-        if not jnp.issubdtype(dtype, jnp.floating):
-            where = jax.tree_util.keystr(path) or "the tree itself"
-            raise TypeError(
-                f"every leaf must be a real floating-point array, got {dtype} at "
-                f"{where}; leave it out with optax.masked, or give it an optimizer of its own with "
-                "optax.partition"
-            )
+def check_leaf(path: Any, leaf: Any) -> np.dtype:
+    """Returns the dtype of a leaf, or raises if it is not a real floating-point array."""
+    where = jax.tree_util.keystr(path) or "the tree itself"
+    try:
+        dtype = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        is_array = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
+    except TypeError:
+        is_array, dtype = False, None
+    if not is_array or dtype is None:
+        raise TypeError(
+            f"every leaf must be an array, got {leaf!r} at {where}; filter the tree before init, "
+            "in Equinox by eqx.filter(model, eqx.is_inexact_array), or leave the leaf out with "
+            "optax.masked"
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"every leaf must be a real floating-point array, got {dtype} at {where}; wrap the "
+            "optimizer in optax.contrib.split_real_and_imaginary, which splits complex leaves into "
+            "pairs of real ones"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"every leaf must be a real floating-point array, got {dtype} at {where}; leave it out "
+            "with optax.masked, or give it an optimizer of its own with optax.partition"
+        )
+    return jnp.result_type(leaf)
+
+
+def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
+    """The dtype of each leaf's statistics: the state decides, whatever the gradients' dtypes.
+
+    A state with statistics in one dtype decides for all leaves. With both float32 and float64, the
+    parameters decide, from which the state was made, or the gradients if there are no parameters.
+
+    Args:
+      state: the state handed to `update`.
+      updates: the gradients.
+      params: the parameters, or None.
+
+    Raises:
+      ValueError: if the state has float64 statistics and `jax_enable_x64` is off.
+    """
+    groups = [*_groups(state, "stacks"), *_groups(state, "adam")]
+    found = {jax.tree.leaves(group.nu)[0].dtype for group in groups}
+    if np.dtype(np.float64) in found and jnp.result_type(np.float64) != np.float64:
+        raise ValueError(
+            "the state has float64 statistics, and jax_enable_x64 is off: it was made under "
+            "jax.enable_x64; use it there too, or call init again"
+        )
+    leaves = jax.tree.leaves(updates)
+    if len(found) == 1:
+        return [*found] * len(leaves)
+    if jax.tree.structure(params) == jax.tree.structure(updates):
+        leaves = jax.tree.leaves(params)
+    return [jnp.result_type(leaf) for leaf in leaves]
+
+
+def _groups(state: Any, name: str) -> list[Any]:
+    groups = getattr(state, name, None)
+    return [*groups.values()] if isinstance(groups, dict) else []
 
 
 def check_state(state: Any, expected: Any) -> ScaleBySoapState:

@@ -82,6 +82,6 @@ def derivative_of_nearest_orthonormal(matrix: Array, tangent: Array, nearest: Ar
 _ITERATIONS = 6
 
 
-def _rounding(matrix: Array) -> Array:
+def _rounding(matrix: Array) -> float:
     """The relative size of a rounding error of eigenvalues."""
-    return 32 * len(matrix) * jnp.finfo(matrix.dtype).eps
+    return 32 * len(matrix) * float(jnp.finfo(matrix.dtype).eps)

@@ -11,6 +11,7 @@ from soap_optax import algorithm
 from soap_optax.algorithm import Hyperparameters
 from soap_optax.blocks import Group, consecutive_slices
 from soap_optax.devices import Layout
+from soap_optax.stacks.varying import vary_like
 from soap_optax.state import AdamState
 
 
@@ -36,6 +37,7 @@ def update_adam(
     Returns:
       The updates, in the shapes of `grads`, and the new state.
     """
+    state = vary_like(state, (grads, hyper))
     acceptable = jax.vmap(partial(algorithm.is_acceptable, stored=[state.mu.dtype]))
     accepted = jnp.concatenate([acceptable(grad) for grad in grads])
     applied = accepted & (state.accepted_gradients > 0)

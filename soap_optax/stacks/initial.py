@@ -1,5 +1,6 @@
 """The state before the first gradient."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax.blocks import Group, Plan
 from soap_optax.linalg import folded_shape
+from soap_optax.stacks.varying import vary_like
 from soap_optax.state import LAYOUT_VERSION, AdamState, ScaleBySoapState, StackState
 
 
@@ -27,13 +29,27 @@ class StorageOptions:
     factored: bool
 
 
-def initial_state(plan: Plan, storage: StorageOptions) -> ScaleBySoapState:
-    """The state before the first gradient: zero statistics, and the identity as every basis."""
+def initial_state(
+    plan: Plan, storage: StorageOptions, leaves: Sequence[ArrayLike] = ()
+) -> ScaleBySoapState:
+    """The state before the first gradient: zero statistics, and the identity as every basis.
+
+    Args:
+      plan: the plan of the tree.
+      storage: how the state is stored.
+      leaves: the leaves of the tree, over whose mesh axes the state varies in a `jax.shard_map`.
+    """
     state = ScaleBySoapState(
         layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),
         count=jnp.zeros((), jnp.int32),
-        stacks={name: _initial_stack(group, storage) for name, group in plan.stacks.items()},
-        adam={name: _initial_adam(group, storage) for name, group in plan.adam.items()},
+        stacks={
+            name: vary_like(_initial_stack(group, storage), _leaves_of(group, leaves))
+            for name, group in plan.stacks.items()
+        },
+        adam={
+            name: vary_like(_initial_adam(group, storage), _leaves_of(group, leaves))
+            for name, group in plan.adam.items()
+        },
     )
     return _hide_values(state)
 
@@ -45,6 +61,10 @@ def placeholder_state() -> ScaleBySoapState:
     """
     leaf: Any = jnp.zeros((), jnp.int32)
     return ScaleBySoapState(layout_version=leaf, count=leaf, stacks=leaf, adam=leaf)
+
+
+def _leaves_of(group: Group, leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
+    return [leaves[region.leaf] for region in group.regions] if leaves else []
 
 
 def _hide_values(state: ScaleBySoapState) -> ScaleBySoapState:

@@ -15,6 +15,7 @@ from soap_optax.blocks import Group
 from soap_optax.devices import Layout
 from soap_optax.linalg import folded_like, gram_matrix
 from soap_optax.stacks.refresh_gating import RefreshTiming, is_due, refresh_if_due, stagger_phases
+from soap_optax.stacks.varying import vary_like
 from soap_optax.state import StackState
 
 
@@ -59,11 +60,10 @@ def update_stack(
     padding, phases = np.ones(group.length, bool), np.zeros(group.length, np.float32)
     padding[positions] = False
     phases[positions] = stagger_phases(range(first_number, first_number + group.blocks))
-    return layout.map_blocks(
-        partial(_update_blocks, group.block, group.axes),
-        (grads, jnp.asarray(padding), jnp.asarray(phases), state),
-        (settings.hyper[group.dtype.name], settings.timing, settings.rule),
-    )
+    shared = (settings.hyper[group.dtype.name], settings.timing, settings.rule)
+    blocks = (grads, jnp.asarray(padding), jnp.asarray(phases), state)
+    blocks = vary_like(blocks, shared)
+    return layout.map_blocks(partial(_update_blocks, group.block, group.axes), blocks, shared)
 
 
 def _update_blocks(
