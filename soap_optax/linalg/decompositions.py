@@ -20,7 +20,6 @@ from soap_optax.linalg.derivatives import (
     with_derivative,
 )
 from soap_optax.linalg.householder import q_from_panels
-from soap_optax.linalg.orthonormality import nearest_orthonormal
 from soap_optax.linalg.products import gram_matrix
 from soap_optax.linalg.zero_rows import with_rows_last, zero_rows
 
@@ -84,13 +83,13 @@ def orthonormalize_by_cholesky(matrix: Array) -> Array:
     """The same `Q` up to the signs of its columns, from the Cholesky factor of the Gram matrix.
 
     The columns are first scaled to length one. The Gram matrix squares the condition number, which
-    costs orthonormality; Newton-Schulz iterations restore it. Without a Cholesky factor, or too far
-    from orthonormal for the iterations, the result is not orthonormal or not finite.
+    costs orthonormality, so the result is decomposed once more. If the first pass has no Cholesky
+    factor, or is too far from orthonormal, the result is not orthonormal or not finite.
 
     References:
       Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
     """
-    return nearest_orthonormal(_cholesky_qr(matrix))
+    return _cholesky_qr(_cholesky_qr(matrix))
 
 
 @with_derivative(derivative_of_eigenvectors)
