@@ -407,3 +407,41 @@ def test_schedule_of_the_frequency_changes_the_rhythm_without_a_new_program() ->
         refreshes.append(int(soap_state(state).stacks["4x4"].refreshes[0]))
     assert refreshes == [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 6, 6]
     assert len(traces) == 1
+
+
+def muon_of_matrices(params: Any) -> Any:
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), params)
+
+
+SAFE_AFTER_A_ZERO_UPDATE: dict[str, optax.GradientTransformation] = {
+    "clip": optax.clip(1.0),
+    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_block_rms": optax.clip_by_block_rms(1.0),
+    "adaptive_grad_clip": optax.adaptive_grad_clip(0.1),
+    "normalize_by_update_norm": optax.normalize_by_update_norm(),
+    "scale_by_trust_ratio": optax.scale_by_trust_ratio(),
+    "scale_by_param_block_norm": optax.scale_by_param_block_norm(),
+    "scale_by_rms": optax.scale_by_rms(),
+    "centralize": optax.centralize(),
+    "scale_by_muon": optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=muon_of_matrices
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAFE_AFTER_A_ZERO_UPDATE)
+def test_a_zero_first_update_leaves_parameters_finite_in_transformations_after_it(
+    name: str,
+) -> None:
+    optimizer = optax.chain(soap_optax.scale_by_soap(), SAFE_AFTER_A_ZERO_UPDATE[name])
+    update = jax.jit(optimizer.update)
+    params: Any = {"kernel": jnp.ones((6, 4))}
+    state = optimizer.init(params)
+    for call in range(3):
+        grads = {
+            "kernel": jnp.asarray(np.random.default_rng(call).normal(size=(6, 4)), jnp.float32)
+        }
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert np.isfinite(params["kernel"]).all()
+    assert not np.array_equal(params["kernel"], np.ones((6, 4)))
