@@ -144,18 +144,25 @@ ROUNDING = 32
 
 
 def rounding_level(root: Array) -> Array:
-    """The root of the second moment, `(*block)`, up to which it is a rounding error, a scalar."""
-    return ROUNDING * jnp.finfo(root.dtype).eps * jnp.max(root)
+    """The root of the second moment, `(*block)`, up to which it is a rounding error, a scalar.
+
+    It is 0 for gradients so small that the square of a rounding error underflows. A root of 0 then
+    says nothing about its entry, and `eps` exceeds every root.
+    """
+    limits = jnp.finfo(root.dtype)
+    level = ROUNDING * limits.eps * jnp.max(root)
+    return jnp.where(jnp.square(level) >= limits.tiny, level, 0)
 
 
 def without_rounding(mu: Array, nu: Array) -> Array:
     """A rotated first moment without the entries whose second moment is a rounding error.
 
     In the null directions of a factor, a rotated gradient is a rounding error. Divided by its own
-    root, it would become an update of full size. An entry without a gradient has a root of zero.
+    root, it would become an update of full size.
     """
     root = _root(nu)
-    return jnp.where(root > rounding_level(root), mu, 0)
+    level = rounding_level(root)
+    return jnp.where((root > level) | (level == 0), mu, 0)
 
 
 def _root(nu: Array) -> Array:

@@ -62,12 +62,8 @@ def is_placeholder(params: Any) -> bool:
 def check_leaf(path: Any, leaf: Any) -> np.dtype:
     """Returns the dtype of a leaf, or raises if it is not a real floating-point array."""
     where = jax.tree_util.keystr(path) or "the tree itself"
-    try:
-        dtype = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        is_array = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
-    except TypeError:
-        is_array, dtype = False, None
-    if not is_array or dtype is None:
+    dtype = _dtype_of(leaf)
+    if dtype is None:
         raise TypeError(
             f"every leaf must be an array, got {leaf!r} at {where}; filter the tree before init, "
             "in Equinox by eqx.filter(model, eqx.is_inexact_array), or leave the leaf out with "
@@ -85,6 +81,13 @@ def check_leaf(path: Any, leaf: Any) -> np.dtype:
             "with optax.masked, or give it an optimizer of its own with optax.partition"
         )
     return jnp.result_type(leaf)
+
+
+def _dtype_of(leaf: Any) -> DTypeLike | None:
+    """The dtype of an array, of its shape, or of a number; None for anything else."""
+    if isinstance(leaf, numbers.Number):
+        return jnp.result_type(leaf)
+    return leaf.dtype if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else None
 
 
 def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:

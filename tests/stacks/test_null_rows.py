@@ -46,16 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "merged": {"merge_dims": True, "max_precond_dim": 60, "precondition_frequency": 2},
 }
 SHAPES = {"layers": (2, 24, 16), "three axes": (6, 24, 8), "merged": (2, 24, 16)}
-SHORT = (
-    "defaults",
-    "cholesky_qr",
-    "eigh",
-    "jacobi",
-    "partial after",
-    "factored",
-    "tiles",
-    "layers",
-)
+SHORT = ("defaults", "eigh", "jacobi", "partial after", "factored", "tiles", "layers")
 
 
 def dead(shape: tuple[int, ...]) -> np.ndarray:
