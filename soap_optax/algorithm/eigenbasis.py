@@ -204,8 +204,8 @@ def _with_moments(
 def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
     """Calls a function for every axis of a block.
 
-    On TPUs, where decompositions compile slowly, axes of the same length share one program. On CPUs
-    each axis has its own, so that they may run at the same time.
+    On accelerators, where decompositions compile slowly, axes of the same length share one program.
+    On CPUs each axis has a program of its own.
     """
 
     def each(*arguments: Sequence[Array]) -> list[Any]:

@@ -106,7 +106,7 @@ def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     """
     groups = [*_groups(state, "stacks"), *_groups(state, "adam")]
     found = {jax.tree.leaves(group.nu)[0].dtype for group in groups}
-    if np.dtype(np.float64) in found and not jax.config.jax_enable_x64:
+    if np.dtype(np.float64) in found and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "the state has float64 statistics, and jax_enable_x64 is off: it was made under "
             "jax.enable_x64; use it there too, or call init again"

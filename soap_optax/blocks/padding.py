@@ -1,4 +1,4 @@
-"""Stacks of several lengths with the same blocks, and the padding between these."""
+"""Padding of stacks: the same blocks in stacks of several lengths."""
 
 import jax.numpy as jnp
 import numpy as np

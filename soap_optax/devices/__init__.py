@@ -1,4 +1,4 @@
-"""The same way from parameters to blocks and back on a mesh, behind one door: `layout_of`.
+"""From parameters to blocks and back on one device or on a mesh: `layout_of` returns the way.
 
 May import: `soap_optax.blocks`, `soap_optax.state`, JAX. Must never know: the equations, or when a
 basis is refreshed.

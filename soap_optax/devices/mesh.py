@@ -26,8 +26,10 @@ def mesh_axis_lengths(sharding: NamedSharding) -> list[int]:
     return [sharding.mesh.shape[axis] for axis in mesh_axes(sharding)]
 
 
-def shard_count(sharding: NamedSharding) -> int:
-    """The number of shards of axis 0."""
+def shard_count(sharding: NamedSharding | None) -> int:
+    """The number of shards of axis 0; 1 without a sharding."""
+    if sharding is None:
+        return 1
     return math.prod(mesh_axis_lengths(sharding))
 
 
@@ -74,10 +76,10 @@ def refine_mesh(
 ) -> tuple[Mesh, Mapping[str, Sequence[str]]]:
     """The same mesh with more and shorter axes, and their names for each axis of the mesh.
 
-    A tiled axis of a leaf that is sharded over the mesh is sharded first from tile to tile, then
-    within a tile. With fewer tiles than devices, the tiles take only a part of a mesh axis. A
-    sharding can name whole mesh axes only, so each part becomes an axis with a name. All parts have
-    the same length where possible: then the same parts serve leaves and slices.
+    A sharded axis of a leaf may have fewer tiles than devices. Then only a part of a mesh axis
+    separates the tiles, and the rest shards each tile. A sharding can name whole mesh axes only, so
+    each part becomes an axis with a name. All parts have the same length where possible. Then the
+    same parts serve leaves and slices.
 
     Args:
       sharding: the sharding of axis 0 of stacks.

@@ -1,4 +1,4 @@
-"""How near a basis is to orthonormal and to the eigenvectors, and Newton-Schulz iterations.
+"""Departures of columns from orthonormal ones and from eigenvectors, and Newton-Schulz iterations.
 
 Every function takes one matrix, or one array.
 """
@@ -63,7 +63,7 @@ def is_orthonormal(basis: Array) -> Array:
 def probed_departure(basis: Array) -> Array:
     """Estimates the size of `E = Q^T Q - I` by its products with a few vectors of signs `s`.
 
-    All of `E` would cost as many operations as one product of a refresh; `E s` costs `O(d^2)`.
+    All of `E` would cost `O(d^3)` operations, and `E s` costs `O(d^2)`.
     Each vector detects an entry `E_ij` above a tolerance with a probability of at least one half.
     Flipping the sign of `s_j` changes `(E s)_i` by more than twice the tolerance. So at most one of
     the two values is within it. An entry that large goes undetected once in `2^16`. In float32, the

@@ -45,7 +45,8 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
     - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`. It is the
       size of an update before ``eps``, bias correction, ``normalize_grads``, weight decay and
       learning rate, which the state does not contain. Entries count if their :math:`\sqrt{V'}`
-      exceeds rounding: 32 machine epsilons times the block's largest. 0 if none does.
+      is above 0 and above rounding: 32 machine epsilons times the block's largest. The
+      result is 0 if no entry counts.
 
     The first three are the largest over the factors of the first `sample` blocks. The fourth covers
     all blocks; ``soap/adam/direction_rms`` is the same for parameters without a preconditioner. For
@@ -131,8 +132,8 @@ def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Arra
 def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
     stacks, vectors = list(state.stacks.values()), list(state.adam.values())
     scalars = {
-        f"{kind}/{name}": scalar
-        for kind, stack in state.stacks.items()
+        f"{shape}/{name}": scalar
+        for shape, stack in state.stacks.items()
         for name, scalar in _scalars_of_stack(stack, sample).items()
     }
     if vectors:
@@ -208,7 +209,7 @@ def _taken(array: Array, positions: Array) -> Array:
 
 
 def _rms_of_vectors(vectors: Sequence[AdamState]) -> Array:
-    """The root mean square of the direction over several vectors, without an excluded entry."""
+    """The root mean square of the direction over the entries of several vectors with `nu > 0`."""
     sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
     squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
     entries = sum((part for _, part in sums), jnp.int32(0))

@@ -30,7 +30,7 @@ def test_forward_and_reverse_derivatives_agree_and_are_finite_from_the_first_cal
     def path(scale: jax.Array) -> jax.Array:
         params = jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), grads)
 
-        def step(state: Any, call: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        def step(state: Any, call: tuple[Any, jax.Array]) -> tuple[Any, Any]:
             grad, number = call
             bent = jax.tree.map(lambda g: g * (1 + scale * number * g), grad)
             updates, state = optimizer.update(bent, state, params)
@@ -89,7 +89,9 @@ def loss_after_training(name: str, steps: int, batches: bool, theta: jax.Array) 
         return (optax.apply_updates(params, updates), state), None
 
     start = scale * jnp.asarray(START)
-    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), BATCHES[:steps])
+    (params, _), _ = jax.lax.scan(
+        step, (start, optimizer.init(start)), jnp.asarray(BATCHES[:steps])
+    )
     return jnp.mean((jnp.asarray(INPUTS) @ params - jnp.asarray(TARGETS)) ** 2)
 
 
@@ -137,14 +139,15 @@ def test_derivatives_are_finite_where_rows_have_no_gradient(refresh: Any) -> Non
 
     grads = np.stack([np.random.default_rng(call).normal(size=(6, 4)) for call in range(4)])
     grads[:, dead] = 0
+    calls = (jnp.asarray(grads), jnp.arange(4.0))
 
     def path(scale: jax.Array) -> jax.Array:
         def step(state: Any, call: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             grad, number = call
             updates, state = optimizer.update(grad * (1 + scale * number), state)
-            return state, jnp.sum(jnp.square(updates))
+            return state, jnp.sum(jnp.square(jnp.asarray(updates)))
 
-        _, sums = jax.lax.scan(step, optimizer.init(jnp.zeros((6, 4))), (grads, jnp.arange(4.0)))
+        _, sums = jax.lax.scan(step, optimizer.init(jnp.zeros((6, 4))), calls)
         return jnp.sum(sums)
 
     value_and_derivative, h = jax.jit(jax.value_and_grad(path)), 1e-5

@@ -31,7 +31,13 @@ def start(*arguments: object, **options) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=options.pop("stderr", subprocess.PIPE),
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUMPY_DTYPE_PROMOTION": "standard",  # AdamW and Flax promote implicitly.
+            "JAX_NUMPY_RANK_PROMOTION": "allow",
+        },
     )
 
 

@@ -188,7 +188,7 @@ def _step(state: dict[str, Any], inputs: jax.Array) -> dict[str, Any]:
 def _loss(params: Any, inputs: jax.Array) -> jax.Array:
     outputs = inputs
     for layer in params:
-        outputs = jnp.tanh(outputs @ layer["kernel"] + layer["bias"])
+        outputs = jnp.tanh(outputs @ layer["kernel"] + layer["bias"][None, :])
     return jnp.mean((outputs - jnp.sin(3 * inputs)) ** 2)
 
 

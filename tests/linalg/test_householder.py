@@ -105,6 +105,7 @@ def test_derivatives_equal_those_of_the_plain_decomposition() -> None:
     matrix, tangent = random_matrix(512, 512), random_matrix(512, 512, seed=1)
     _, found = jax.jvp(decompositions.orthonormalize, (matrix,), (tangent,))
     _, wanted = jax.jvp(lambda matrix: jnp.linalg.qr(matrix)[0], (matrix,), (tangent,))
-    signs = np.sign(np.sum(decompositions.orthonormalize(matrix) * jnp.linalg.qr(matrix)[0], axis=0))
+    signs = np.sign(
+        np.sum(decompositions.orthonormalize(matrix) * jnp.linalg.qr(matrix)[0], axis=0)
+    )
     np.testing.assert_allclose(found, wanted * signs, atol=1e-8 * np.abs(wanted).max())
-

@@ -42,7 +42,7 @@ def loss(params: Any, wrap: Callable[[Callable], Callable] = lambda layer: layer
 
     @wrap
     def hidden(x: jax.Array, mlp: Any) -> jax.Array:
-        return jnp.tanh(x @ mlp["kernel"] + mlp["bias"])
+        return jnp.tanh(x @ mlp["kernel"] + mlp["bias"][None, :])
 
     x = hidden(_TARGETS["x"] @ params["embed"]["embedding"], params["mlp"])
     return jnp.mean((x @ params["head"][0] - _TARGETS["y"]) ** 2)

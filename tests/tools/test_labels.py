@@ -180,6 +180,7 @@ class LinenGPT(linen.Module):
         return linen.Dense(11, use_bias=False, name="lm_head")(linen.LayerNorm()(x))
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_a_linen_gpt_has_soap_for_the_kernels_of_its_blocks() -> None:
     params = jax.eval_shape(
         LinenGPT().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 5), jnp.int32)

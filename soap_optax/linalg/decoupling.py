@@ -1,10 +1,9 @@
 """Rows of zeros in a symmetric matrix, decoupled from all other rows exactly.
 
-A row without a gradient is a row of zeros in its factor. In exact arithmetic its unit vector is an
-eigenvector, and all other eigenvectors are zero there. Decompositions round: they mix a row of
-zeros with null directions, and leave errors of the size of the machine epsilon in the others.
-Divided by its own root, such an error becomes an update of full size. So decompositions get the
-rows of zeros last, and unit vectors replace the vectors that they return for these rows.
+In exact arithmetic the unit vector of such a row is an eigenvector, and all other eigenvectors are
+zero there. Decompositions round: they mix a row of zeros with null directions, and leave errors of
+the size of the machine epsilon in the others. So decompositions get the rows of zeros last, and
+unit vectors replace the vectors that they return for these rows.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,12 @@ def zero_rows(matrix: Array) -> Array:
     return jnp.all(matrix == 0, axis=1)
 
 
-def decoupled_rows(factor: Array, basis: Array) -> Array:
-    """The rows of zeros in a factor whose unit vector is a column of its basis, `(d,)`.
+def decoupled_rows(matrix: Array, basis: Array) -> Array:
+    """The rows of zeros in a matrix whose unit vector is a column of its basis, `(d,)`.
 
-    A row of zeros in a factor with history, after an underflow, is not decoupled.
+    A row that became zero by an underflow may have no such column. It is not decoupled.
     """
-    return zero_rows(factor) & (jnp.sum(basis != 0, axis=1) == 1)
+    return zero_rows(matrix) & (jnp.sum(basis != 0, axis=1) == 1)
 
 
 def decoupled_columns(rows: Array, basis: Array) -> Array:
