@@ -22,9 +22,9 @@ from soap_optax.state import ScaleBySoapState
 
 @dataclass(frozen=True)
 class Structure:
-    """Static arguments of `scale_by_soap` that decide the shapes, dtypes and shardings of the state.
+    """Static arguments of `scale_by_soap` that decide shapes, dtypes and shardings of the state.
 
-    Its methods plan a tree, make its first state, and check a later one against that.
+    Its methods plan a tree, make its first state, and check a later state against that.
     """
 
     block_options: BlockOptions

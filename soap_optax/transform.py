@@ -123,14 +123,14 @@ def scale_by_soap(
         ``NamedSharding(mesh, P(("data", "fsdp")))``: every stack is sharded along axis 0. Each
         device refreshes its own blocks; only gradients and updates are resharded. None means one
         device.
-      stack_multiple: number that divides the length of every stack: stacks are padded to it. None
-        means the number of shards of ``stack_sharding``. The state can be restored on any number of
-        devices that divides ``stack_multiple``.
+      stack_multiple: every stack is padded to a multiple of this number of blocks. The state can
+        then be restored on any number of devices that divides it. None means the number of shards
+        of ``stack_sharding``.
       param_shardings: hints on how parameters and gradients are sharded on the mesh of
         ``stack_sharding``. A tree of `NamedSharding` with the structure of the parameters or a
         prefix of it, or a function of the parameters (or of traced gradients) that returns one.
-        Leaves without an entry get no hint, and XLA picks the communication. That costs more if
-        equal shapes are sharded differently, or along the axes of layers. Explicit axes need no
+        A leaf with an entry of None gets no hint, and XLA picks the communication. That costs more
+        if equal shapes are sharded differently, or along the axes of layers. Explicit axes need no
         hint.
       refresh: how a basis follows its factor. ``"qr"``, the authors' method: one step of orthogonal
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, or a QR if that fails.
@@ -159,10 +159,10 @@ def scale_by_soap(
       A transformation whose state is a `ScaleBySoapState`.
 
     Raises:
-      TypeError, ValueError: when built, if an argument is out of range; at ``init`` and ``update``,
-        if a leaf is not real floating point, or ``dimension_numbers`` or ``param_shardings`` do not
-        fit the tree; at ``update``, if the state belongs to other shapes, or a schedule returns an
-        array.
+      TypeError, ValueError: when built, if an argument is out of range or contradicts another; at
+        ``init`` and ``update``, if a leaf is not real floating point, or ``dimension_numbers`` or
+        ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
+        shapes, or a schedule returns an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam

@@ -142,8 +142,8 @@ def check_stack_sharding(name: str, value: Any, is_optional: bool = True) -> Non
     if value.mesh.explicit_axes and automatic:
         raise ValueError(
             f"{name} must name explicit axes only if its mesh has any, got {value.spec}, where "
-            f"{automatic[0]!r} is automatic; leave automatic axes out of the spec, or give all axes "
-            "of the mesh one of the axis_types"
+            f"{automatic[0]!r} is automatic; leave automatic axes out, or give all axes of the "
+            "mesh the same type"
         )
     if value.memory_kind == "pinned_host":
         raise ValueError(
@@ -193,8 +193,8 @@ def check_precision(name: str, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} must be None or one that jax.lax.dot takes for both arrays, with the range of "
-            f"float32, got {value!r}; pass 'highest', jax.lax.Precision.HIGH or, for the default of "
-            "the platform, None"
+            f"float32, got {value!r}; pass 'highest', jax.lax.Precision.HIGH, or None for the "
+            "platform's default"
         ) from error
 
 

@@ -81,8 +81,8 @@ def refresh(
       rule: how to refresh.
 
     Returns:
-      The new state. Bases and moments are the old ones, and the refresh is counted as rejected,
-      where a factor or a basis is not finite or a basis is not orthonormal.
+      The new state. The refresh is rejected if a factor or a new basis is not finite, or a new
+      basis is not orthonormal. Bases and moments are then the old ones.
     """
     dtype = factors[0].dtype
     wide = state._replace(

@@ -16,7 +16,9 @@ def repad(stack: Array, group: Group, length: int) -> Array:
 
 
 def padding_sources(group: Group, old: int, new: int, shards: int = 1) -> np.ndarray:
-    """For each position of a new stack the position in the old one, `(new,)`, or past its end.
+    """For each position of a new stack, the position of its block in the old one, `(new,)`.
+
+    Padding gets a position past the end of the old stack.
 
     Args:
       group: the blocks.

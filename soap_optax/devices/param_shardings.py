@@ -101,7 +101,7 @@ def _check_explicit(mesh: Any, stack_mesh: Any, path: str) -> None:
 
 
 def _check_hint(mesh: Any, sharding: Any, shape: Shape, path: str) -> NamedSharding:
-    """Returns the hint for a leaf on another mesh of the same devices, or raises."""
+    """Returns the hint of a leaf on `mesh`, or raises if it does not fit the leaf or the mesh."""
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             "param_shardings must have a NamedSharding or None for every parameter, got "

@@ -11,7 +11,7 @@ from soap_optax.linalg.decompositions import (
 from soap_optax.linalg.decoupling import (
     decoupled_columns,
     decoupled_rows,
-    with_rows_last,
+    with_unit_vectors,
     zero_rows,
 )
 from soap_optax.linalg.orthonormality import (
@@ -43,6 +43,6 @@ __all__ = [
     "orthonormalize_by_cholesky",
     "rayleigh_quotients",
     "unfolded",
-    "with_rows_last",
+    "with_unit_vectors",
     "zero_rows",
 ]

@@ -1,6 +1,6 @@
-"""Products of matrices and arrays, at the highest precision by default.
+"""Products of matrices and arrays. Only `multiply_along` may use less than the highest precision.
 
-In a trial, a TF32 product turned an eigenvalue of 0.1 into -6. Every function takes one matrix, or
+In a trial, a TF32 product changed an eigenvalue from 0.1 to -6. Every function takes one matrix, or
 one array.
 """
 

@@ -48,7 +48,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         ("eps",),
         [0, 0.0, -1e-8, np.nan, np.inf, jnp.float32(0), 1e-50, 1e300],
         "must be positive and finite",
-        "1e-30 is as good as none",
+        "pass 1e-8, the default, or 1e-30",
     ),
     (
         ("precondition_frequency",),
@@ -73,7 +73,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         ("precision",),
         ["HIGHEST", "bogus", "F16_F16_F32", 3, True, jnp.float32, ("high",), ["high", "high"]],
         "must be None or one that jax.lax.dot takes",
-        "'highest'",
+        "pass 'highest'",
     ),
     (
         ("mu_dtype", "preconditioner_dtype"),
