@@ -69,5 +69,5 @@ def frequency_at(frequency: Frequency, count: Array) -> Array:
         )
     size = frequency.astype(jnp.float32)  # To compare it with what its own dtype may not hold.
     in_range = (size >= 1) & (size < LONGEST)
-    whole = jnp.where(in_range, frequency, 1).astype(jnp.int32)
+    whole = jnp.where(in_range, frequency, jnp.ones_like(frequency)).astype(jnp.int32)
     return jnp.where(size >= LONGEST, LONGEST, whole)

@@ -109,14 +109,13 @@ def difference(function: Any, number: int, h: float) -> float:
 CASES = [
     pytest.param(name, steps, batches, id=f"{name}, {steps} steps" + ", batches" * batches)
     for name in OPTIONS
-    for steps in (2, 3, 10)
-    for batches in (False, True)
+    for steps, batches in ((3, False), (10, True))
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "batches"),
-    mostly_long(CASES, ["qr, 10 steps, batches", "eigh, 10 steps"]),
+    mostly_long(CASES, ["qr, 10 steps, batches", "eigh, 3 steps"]),
 )
 def test_derivatives_through_training_equal_differences_in_which_bases_move(
     name: str, steps: int, batches: bool

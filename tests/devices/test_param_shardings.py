@@ -59,6 +59,7 @@ def test_hints_for_some_parameters_change_no_update() -> None:
             np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_it_covers_all_parameters_where_soap_has_some_of_them() -> None:
     hints = jax.tree.map(lambda _: ROWS, params())
     optimizer = optax.partition(
@@ -73,6 +74,7 @@ def test_it_covers_all_parameters_where_soap_has_some_of_them() -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(params())
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("wrap", ["masked", "partition"])
 def test_it_may_have_more_entries_than_a_mask_leaves(wrap: str) -> None:
     """Optax removes masked subtrees and leaves no trace of their leaves."""

@@ -637,6 +637,7 @@ def test_a_state_of_another_optimizer_raises_with_its_type(runner: Callable[...,
             runner(lambda state=state: soap_optax.scale_by_soap().update(PARAMS, state))
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @every_runner
 def test_missing_parameters_and_masks_that_do_not_fit_fail_as_in_optax(
     runner: Callable[..., Any],

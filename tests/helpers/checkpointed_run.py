@@ -129,6 +129,7 @@ def train(
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")  # Schedules of Optax need it.
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = Mesh(np.asarray(jax.devices()), ("data",))

@@ -297,6 +297,7 @@ def test_a_checkpoint_of_another_layout_raises_with_its_version(tmp_path: pathli
             check_checkpoint(checkpoint, {"something": "else"})
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_the_state_of_an_nnx_optimizer_is_checked_as_any_other() -> None:
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     state = nnx.state(nnx.Optimizer(model, soap_optax.soap(1e-2), wrt=nnx.Param))
