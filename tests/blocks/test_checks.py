@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -71,7 +72,9 @@ def run(params: Any, grads: list[Any], **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("options", [{}, {"factored": True}, {"mu_dtype": jnp.bfloat16}])
+@pytest.mark.parametrize(
+    "options", mostly_long([{}, {"factored": True}, {"mu_dtype": jnp.bfloat16}], [{}])
+)
 def test_the_state_decides_the_dtype_of_statistics_and_the_gradient_that_of_updates(
     options: dict[str, Any],
 ) -> None:

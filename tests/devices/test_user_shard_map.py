@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("train", "name"), mostly_long(CASES, ["loop, defaults", "scan, jacobi", "scan, tolerance"])
+    ("train", "name"), mostly_long(CASES, ["loop, defaults", "scan, tolerance"])
 )
 def test_each_device_trains_its_own_model_as_it_would_alone(
     train: Callable[[Any, Any], Any], name: str

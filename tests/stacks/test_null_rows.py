@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "merged": {"merge_dims": True, "max_precond_dim": 60, "precondition_frequency": 2},
 }
 SHAPES = {"layers": (2, 24, 16), "three axes": (6, 24, 8), "merged": (2, 24, 16)}
-SHORT = ("defaults", "eigh", "jacobi", "partial after", "factored", "tiles", "layers")
+SHORT = ("defaults", "jacobi", "partial after", "factored", "tiles")
 
 
 def dead(shape: tuple[int, ...]) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_rows_and_columns_without_a_gradient_get_an_update_of_exactly_zero(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", mostly_long(OPTIONS, ("defaults", "jacobi")))
+@pytest.mark.parametrize("name", mostly_long(OPTIONS, ("defaults",)))
 def test_a_row_moves_from_its_first_gradient_on_as_in_float64(name: str) -> None:
     if name == "bfloat16":
         pytest.skip("rounds by 4e-3")
