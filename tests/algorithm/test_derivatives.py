@@ -111,6 +111,7 @@ CASES = [
     pytest.param(name, steps, batches, id=f"{name}, {steps} steps" + ", batches" * batches)
     for name in OPTIONS
     for steps, batches in ((3, False), (10, True))
+    if steps == 3 or name in ("defaults", "qr", "eigh", "jacobi", "partial")
 ]
 
 
