@@ -132,6 +132,7 @@ def test_derivatives_through_training_equal_differences_in_which_bases_move(
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("refresh", mostly_long(["qr", "eigh", "jacobi"], ["qr"]))
 def test_derivatives_are_finite_where_rows_have_no_gradient(refresh: Any) -> None:
     """Rows of zeros share an eigenvalue, and some of their angles are zero."""

@@ -34,6 +34,7 @@ def test_a_leaf_that_is_no_real_array_raises_with_its_path_and_the_way_out(
         soap_optax.soap(1e-3).init({"kernel": KERNEL, "leaf": leaf})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_the_way_out_for_complex_leaves_works() -> None:
     optimizer = optax.contrib.split_real_and_imaginary(soap_optax.scale_by_soap())

@@ -46,6 +46,7 @@ def test_a_prefix_a_tree_and_a_function_are_equal_to_one_sharding_for_all(hint: 
     assert program_with(hint) == program_with(ROWS)
 
 
+@pytest.mark.long
 def test_hints_for_some_parameters_change_no_update() -> None:
     hint = {"layers": {"query": ROWS, "out": NamedSharding(MESH, PartitionSpec())}, "bias": None}
     optimizer = soap_optax.soap(0.1, stack_sharding=STACKS, param_shardings=hint)

@@ -61,7 +61,7 @@ long = pytest.mark.long
             pytest.param("4x2", AUTO, 2, {"block_size": 4}, id="4x2-auto-tiles"),
             pytest.param("4x2", EXPLICIT, 1, {"block_size": 4}, id="4x2-explicit-tiles"),
         ],
-        short=["4x2-auto", "4x2-explicit-tiles"],
+        short=["4x2-explicit-tiles"],
     ),
 )
 def test_a_run_on_a_mesh_equals_that_on_a_single_device(

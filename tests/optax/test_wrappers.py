@@ -104,6 +104,7 @@ def soap_state(state: Any) -> soap_optax.ScaleBySoapState:
 # chain --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_clipping_before_it_is_soap_of_clipped_gradients() -> None:
     grads = gradients()
     clip = optax.clip_by_global_norm(1.0)
@@ -218,6 +219,7 @@ def test_multi_steps_is_soap_of_the_mean_gradient_in_every_kth_step() -> None:
     assert int(soap_state(state).count) == STEPS
 
 
+@pytest.mark.long
 def test_apply_if_finite_drops_a_bad_step_as_if_it_had_not_been() -> None:
     grads = gradients()
     bad = jax.tree.map(np.copy, grads[0])

@@ -223,7 +223,7 @@ def test_gradients_of_any_size_leave_nothing_that_is_not_finite(storage: str, si
             assert all(not update.any() for update in updates.values())
 
 
-@pytest.mark.parametrize("storage", mostly_long(STORAGES, ["least"]))
+@pytest.mark.parametrize("storage", mostly_long(STORAGES, []))
 def test_diagnostics_are_those_of_the_same_state_stored_plainly(storage: str) -> None:
     state = run(storage)[1][-1]
     found = soap_optax.diagnostics(state, sample=None)

@@ -181,6 +181,7 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
     assert_close((stack(updates), state), plain_run())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     mostly_long([{}, {"factored": True}, {"refresh_order": "after_gradient"}], short=[{}]),
