@@ -1,4 +1,4 @@
-"""Which check each argument of `soap` and `scale_by_soap` gets, before anything is traced."""
+"""Which check each argument of the public transformations gets, before anything is traced."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,9 +9,19 @@ from soap_optax.algorithm import RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
+_check_dimension_numbers = partial(
+    values.check_tree, entries="objects with reduction_axis and output_axis"
+)
+
 _ALIAS_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "learning_rate": values.check_learning_rate,
     "weight_decay": values.check_weight_decay,
+    "mask": values.check_mask,
+}
+
+_HYPERBALL_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "learning_rate": partial(values.check_learning_rate, good_start="0.02"),
+    "dimension_numbers": _check_dimension_numbers,
     "mask": values.check_mask,
 }
 
@@ -28,9 +38,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "correct_bias": values.check_flag,
     "mu_dtype": values.check_dtype,
     "block_size": values.check_block_size,
-    "dimension_numbers": partial(
-        values.check_tree, entries="objects with reduction_axis and output_axis"
-    ),
+    "dimension_numbers": _check_dimension_numbers,
     "stack_sharding": values.check_stack_sharding,
     "stack_multiple": values.check_stack_multiple,
     "param_shardings": partial(values.check_tree, entries="NamedSharding"),
@@ -50,6 +58,12 @@ def check_alias(**arguments: Any) -> None:
     """Raises if an argument that only `soap` has is out of range."""
     for name, value in arguments.items():
         _ALIAS_CHECKS[name](name, value)
+
+
+def check_hyperball(**arguments: Any) -> None:
+    """Raises if an argument of `hyperball` is out of range."""
+    for name, value in arguments.items():
+        _HYPERBALL_CHECKS[name](name, value)
 
 
 def check_transform(**arguments: Any) -> None:

@@ -4,9 +4,10 @@ May import: `soap_optax.blocks`, `soap_optax.state`, JAX. Must never know: the e
 basis is refreshed.
 """
 
+from soap_optax.devices.explicit_axes import reshard_to
 from soap_optax.devices.layout import Layout
 from soap_optax.devices.mesh import shard_count
 from soap_optax.devices.sharded import layout_of
 from soap_optax.devices.state_shardings import shardings_of_state
 
-__all__ = ["Layout", "layout_of", "shard_count", "shardings_of_state"]
+__all__ = ["Layout", "layout_of", "reshard_to", "shard_count", "shardings_of_state"]
