@@ -29,6 +29,15 @@ LEAVES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...], Any]] = {
     "replicated": ((5, 3), (None, None), MuonDimensionNumbers(0, 1)),
     "vector": ((8,), ("x",), None),
 }
+# Mesh axes that contradict those of the parameters.
+OTHER_AXES: dict[str, tuple[str | None, ...]] = {
+    "experts": ("y", None, "x"),
+    "layers": (None, "y", None),
+    "heads": (None, "y", "x"),
+    "dense": ("x", "y"),
+    "replicated": (None, None),
+    "vector": ("y",),
+}
 OPTIMIZER: Any = soap_optax.hyperball(
     optax.linear_schedule(0.3, 0.1, STEPS),
     dimension_numbers={name: numbers for name, (_, _, numbers) in LEAVES.items()},
@@ -82,8 +91,11 @@ def test_directions_may_be_sharded_in_another_way_than_parameters() -> None:
     """Transformations such as Muon can return them so."""
     mesh = mesh_of("4x2", EXPLICIT)
     with jax.set_mesh(mesh):
-        params, replicated = shard(draw(0), mesh), NamedSharding(mesh, PartitionSpec())
-        directions = jax.device_put(draw(1), replicated)
+        params = shard(draw(0), mesh)
+        directions = {
+            name: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*OTHER_AXES[name])))
+            for name, leaf in draw(1).items()
+        }
         new, _ = step(params, OPTIMIZER.init(params), directions)
         wanted, _ = step(params, OPTIMIZER.init(params), shard(draw(1), mesh))
     for name, leaf in wanted.items():
