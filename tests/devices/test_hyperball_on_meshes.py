@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.cases import mostly_long
 from helpers.meshes import AUTO, EXPLICIT, mesh_of
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
@@ -67,7 +68,7 @@ def step(params: Tree, state: Any, directions: Tree) -> tuple[Tree, Any]:
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", mostly_long([AUTO, EXPLICIT], [EXPLICIT]))
 def test_a_mesh_gives_the_single_device_run(kind: AxisType) -> None:
     wanted = jax.tree.map(jnp.asarray, draw(0))
     state = OPTIMIZER.init(wanted)
@@ -109,7 +110,7 @@ COLLECTIVE = re.compile(
 )
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", mostly_long([AUTO, EXPLICIT], [EXPLICIT]))
 def test_only_norms_are_communicated(kind: AxisType) -> None:
     mesh = mesh_of("4x2", kind)
     with jax.set_mesh(mesh):

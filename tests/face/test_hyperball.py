@@ -13,6 +13,7 @@ import optax
 import optax.contrib
 import pytest
 from helpers import hyperball as reference
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -55,8 +56,18 @@ SHAPES: dict[str, tuple[tuple[int, ...], Any, tuple[int, ...] | None]] = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("with_numbers", [True, False])
-@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize(
+    ("with_numbers", "with_mask"),
+    mostly_long(
+        [
+            pytest.param(True, True, id="both"),
+            pytest.param(True, False, id="numbers"),
+            pytest.param(False, True, id="mask"),
+            pytest.param(False, False, id="neither"),
+        ],
+        ["both"],
+    ),
+)
 def test_steps_equal_the_reference_matrix_by_matrix(with_numbers: bool, with_mask: bool) -> None:
     def schedule(count: Any) -> Any:
         return 0.3 / (1.0 + count)
@@ -101,7 +112,7 @@ def test_learning_rate_is_the_tangent_of_the_angle() -> None:
         assert math.atan2(sine, cosine) == pytest.approx(math.atan(rate), rel=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e12])
+@pytest.mark.parametrize("scale", mostly_long([1e-8, 1e12], [1e-8]))
 def test_size_of_the_direction_has_no_effect(scale: float) -> None:
     weights, direction = draw((6, 4)), draw((6, 4), seed=1)
     new, _ = moved(weights, direction)
@@ -128,7 +139,7 @@ def run(optimizer: optax.GradientTransformation, params: Any, steps: int) -> Any
     return jax.lax.scan(step, carry, jnp.arange(steps))[0][0]
 
 
-@pytest.mark.parametrize("rate", [1e-4, RATE])
+@pytest.mark.parametrize("rate", mostly_long([1e-4, RATE], [RATE]))
 def test_norms_stay_within_1e6_over_ten_thousand_float32_steps(rate: float) -> None:
     """Measuring the norm anew in every step lets it drift by 1e-5 to 1e-4 here."""
     start = 0.1 * jnp.asarray(draw((2, 16, 8)))

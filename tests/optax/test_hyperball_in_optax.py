@@ -11,6 +11,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -90,7 +91,7 @@ DIRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("name", mostly_long(DIRECTIONS, ["soap", "muon"]))
 def test_any_direction_trains_at_constant_norm(name: str) -> None:
     schedule = optax.linear_schedule(RATE, 0.0, 80)
     optimizer: Any = optax.chain(DIRECTIONS[name], soap_optax.hyperball(schedule))
@@ -164,6 +165,7 @@ def test_injected_learning_rate_is_changed_between_steps_without_a_new_program()
     assert_close(params, wanted[-1])
 
 
+@pytest.mark.long
 def test_injected_functions_are_named_static() -> None:
     factory = optax.inject_hyperparams(
         soap_optax.hyperball, static_args=("dimension_numbers", "mask")
@@ -193,6 +195,7 @@ def test_apply_if_finite_drops_a_bad_step() -> None:
     assert_close(history[1:], wanted)
 
 
+@pytest.mark.long
 def test_it_may_be_mapped_over_seeds() -> None:
     optimizer = soap_optax.hyperball(RATE)
 
