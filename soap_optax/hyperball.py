@@ -258,11 +258,12 @@ def _step(
     factor = rate * norm / jnp.maximum(size, _SMALLEST_NORM)
     moved = weights - factor.astype(weights.dtype) * direction
     moved_size = _norm(moved, axes)
+    # Near the origin, the direction of V is rounding error.
+    is_lost = moved_size <= 8 * jnp.finfo(weights.dtype).eps * norm
     # W = R V / |V|
-    factor = norm / jnp.where(moved_size == 0, 1, moved_size)
+    factor = norm / jnp.where(is_lost, 1, moved_size)
     new_weights = factor.astype(weights.dtype) * moved
-    # The direction is zero or not finite, or leads to the origin, where no norm can be restored.
-    is_unusable = ~jnp.isfinite(size) | (size == 0) | (moved_size == 0)
+    is_unusable = is_lost | ~jnp.isfinite(size) | (size == 0)
     return jnp.where(is_unusable, jnp.zeros_like(weights), new_weights - weights)
 
 

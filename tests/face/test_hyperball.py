@@ -247,8 +247,10 @@ def test_a_direction_that_is_zero_or_not_finite_leaves_its_matrix_unchanged(bad:
 
 
 def test_a_step_to_the_origin_leaves_the_matrix_unchanged() -> None:
-    weights = np.ones((2, 2), np.float32)
-    np.testing.assert_array_equal(moved(weights, 3 * weights, 1.0)[0], weights)
+    """Where the step ends, only rounding errors are left, and they are no direction."""
+    for seed in range(3):
+        weights = draw((5, 3), seed)
+        np.testing.assert_array_equal(moved(weights, 3 * weights, 1.0)[0], weights)
 
 
 def test_a_learning_rate_that_is_not_a_number_is_not_hidden() -> None:
