@@ -1,8 +1,9 @@
 """SOAP, Adam in the eigenbasis of Shampoo's preconditioner, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
+from soap_optax.hyperball import hyperball
 from soap_optax.schedules import thinning_frequency
-from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.state import AdamState, HyperballState, ScaleBySoapState, StackState
 from soap_optax.tools import (
     Description,
     ParameterDescription,
@@ -20,6 +21,7 @@ __all__ = [
     "STATIC_ARGS",
     "AdamState",
     "Description",
+    "HyperballState",
     "ParameterDescription",
     "ScaleBySoapState",
     "StackState",
@@ -27,6 +29,7 @@ __all__ = [
     "default_labels",
     "describe",
     "diagnostics",
+    "hyperball",
     "scale_by_soap",
     "soap",
     "state_shardings",

@@ -1,4 +1,4 @@
-"""Which check each argument of `soap` and `scale_by_soap` gets, before anything is traced."""
+"""Which check each argument of the public transformations gets, before anything is traced."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,9 +9,19 @@ from soap_optax.algorithm import RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
+_check_dimension_numbers = partial(
+    value_checks.check_tree, entries="objects with reduction_axis and output_axis"
+)
+
 _ALIAS_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "learning_rate": value_checks.check_learning_rate,
     "weight_decay": value_checks.check_weight_decay,
+    "mask": value_checks.check_mask,
+}
+
+_HYPERBALL_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "learning_rate": partial(value_checks.check_learning_rate, good_start="0.02"),
+    "dimension_numbers": _check_dimension_numbers,
     "mask": value_checks.check_mask,
 }
 
@@ -30,9 +40,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "correct_bias": value_checks.check_flag,
     "mu_dtype": value_checks.check_dtype,
     "block_size": value_checks.check_block_size,
-    "dimension_numbers": partial(
-        value_checks.check_tree, entries="objects with reduction_axis and output_axis"
-    ),
+    "dimension_numbers": _check_dimension_numbers,
     "stack_sharding": value_checks.check_stack_sharding,
     "stack_multiple": value_checks.check_stack_multiple,
     "param_shardings": partial(value_checks.check_tree, entries="NamedSharding"),
@@ -52,6 +60,12 @@ def check_alias(**arguments: Any) -> None:
     """Raises if an argument that only `soap` has is out of range."""
     for name, value in arguments.items():
         _ALIAS_CHECKS[name](name, value)
+
+
+def check_hyperball(**arguments: Any) -> None:
+    """Raises if an argument of `hyperball` is out of range."""
+    for name, value in arguments.items():
+        _HYPERBALL_CHECKS[name](name, value)
 
 
 def check_transform(**arguments: Any) -> None:

@@ -92,3 +92,17 @@ class ScaleBySoapState(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax's name; hides tuple.count
     stacks: dict[str, StackState]
     adam: dict[str, AdamState]
+
+
+class HyperballState(NamedTuple):
+    """State of `hyperball`.
+
+    Attributes:
+      count: number of calls of ``update`` so far, a scalar.
+      norms: the norms to preserve, an array for each parameter with matrices, in the order of
+        ``jax.tree.leaves``. It has the parameter's shape with length 1 along the axes of a matrix.
+        ``init`` measures the norms, and the first ``update`` measures them again.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax's name; hides tuple.count
+    norms: tuple[Array, ...]

@@ -44,13 +44,13 @@ def check_eps(name: str, value: Any) -> None:
         )
 
 
-def check_learning_rate(name: str, value: Any) -> None:
+def check_learning_rate(name: str, value: Any, good_start: str = "3e-3") -> None:
     """Raises unless `value` is a finite number or a schedule."""
     if callable(value):
         return
     number = _number(value, f"{name} must be a number or a schedule (a function of the step)")
     if not _is_traced(number) and not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value}; 3e-3 is a good start")
+        raise ValueError(f"{name} must be finite, got {value}; {good_start} is a good start")
 
 
 def check_weight_decay(name: str, value: Any) -> None:

@@ -9,15 +9,22 @@ def wings() -> Canvas:
         750,
         496,
         "The wings of the package",
-        "Imports go one way: tools, alias, transform, then options, schedules and arguments, then "
-        "stacks. Stacks import devices and algorithm. Devices import blocks, algorithm imports "
-        "linalg, and all may import state.",
+        "Imports go one way: tools, alias, transform and hyperball, then options, schedules and "
+        "arguments, then stacks. Stacks import devices and algorithm. Devices import blocks, "
+        "algorithm imports linalg, and all may import state.",
     )
     left, right, wide, narrow = 20, 310, 560, 270
     for style, name, purpose, x, y, width in (
         ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 20, wide),
         ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 80, wide),
-        ("blue", "transform", "`scale_by_soap`: init and update", left, 140, wide),
+        (
+            "blue",
+            "transform",
+            "`scale_by_soap`: init and update; beside it `hyperball`",
+            left,
+            140,
+            wide,
+        ),
         ("blue", "options, schedules, arguments", "", left, 200, wide),
         ("green", "stacks", "all blocks of one shape: when, in which loop", left, 260, wide),
         ("orange", "devices", "the way on a mesh", left, 320, narrow),

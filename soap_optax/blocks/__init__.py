@@ -17,14 +17,17 @@ from soap_optax.blocks.gather import (
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
 from soap_optax.blocks.prefixes import broadcast_prefix
-from soap_optax.blocks.views import BlockOptions, Shape
+from soap_optax.blocks.views import Axes, AxesMark, BlockOptions, Shape, axes_of_leaves
 
 __all__ = [
+    "Axes",
+    "AxesMark",
     "BlockOptions",
     "Group",
     "Plan",
     "Region",
     "Shape",
+    "axes_of_leaves",
     "broadcast_prefix",
     "check_state",
     "concatenate",

@@ -46,6 +46,14 @@ def reshard_like(leaf: Array, like: ArrayLike) -> Array:
     return jax.sharding.reshard(leaf, jax.typeof(like).sharding)
 
 
+def reshard_to(array: Array, like: ArrayLike) -> Array:
+    """The array with the sharding of another, if that one is on a mesh with explicit axes."""
+    sharding = jax.typeof(like).sharding
+    if not sharding.mesh.explicit_axes or jax.typeof(array).sharding == sharding:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
 def _is_sharded_explicitly(leaf: ArrayLike) -> bool:
     sharding = jax.typeof(leaf).sharding
     return bool(sharding.mesh.explicit_axes) and any(sharding.spec)
