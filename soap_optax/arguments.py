@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, get_args
 
 from soap_optax import values
-from soap_optax.algorithm import RefreshMethod
+from soap_optax.algorithm import FactorEstimator, RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
@@ -42,6 +42,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "factored": values.check_flag,
     "preconditioner_dtype": values.check_dtype,
     "fold_factors": values.check_flag,
+    "factor_estimator": partial(values.check_choice, choices=get_args(FactorEstimator)),
     "precision": values.check_precision,
 }
 

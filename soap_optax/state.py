@@ -43,6 +43,8 @@ class StackState(NamedTuple):
       refreshes: number of bases adopted so far, the first included, `(B,)`.
       rejected_refreshes: number of refreshes rejected because the new basis was not finite or not
         orthonormal, `(B,)`. The old basis stays.
+      eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, `(B, d)`
+        for each preconditioned axis, one for each column of the basis. Otherwise empty.
     """
 
     accepted_gradients: Array
@@ -54,6 +56,7 @@ class StackState(NamedTuple):
     age: Array
     refreshes: Array
     rejected_refreshes: Array
+    eigenvalues: tuple[Array, ...] = ()
 
 
 class AdamState(NamedTuple):
