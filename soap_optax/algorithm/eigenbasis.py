@@ -210,7 +210,7 @@ def _with_moments(
 
 
 def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tuple[Array, ...]:
-    """The eigenvalue estimates, permuted with the columns of each basis; none without KL factors."""
+    """The estimates of eigenvalues, permuted with the columns of each basis; none for `gram`."""
     return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
 
 

@@ -43,9 +43,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "normalized": {"normalize_grads": True, "precondition_frequency": 2},
     "layers": {"dimension_numbers": LAYERS, "precondition_frequency": 2},
     "three axes": {"precondition_frequency": 2},
+    "kl": {"factor_estimator": "kl", "precondition_frequency": 2},
+    "kl after": {
+        "factor_estimator": "kl",
+        "precondition_frequency": 2,
+        "refresh": "eigh",
+        "refresh_order": "after_gradient",
+    },
+    "kl of three axes": {"factor_estimator": "kl", "precondition_frequency": 2},
     "merged": {"merge_dims": True, "max_precond_dim": 60, "precondition_frequency": 2},
 }
-SHAPES = {"layers": (2, 24, 16), "three axes": (6, 24, 8), "merged": (2, 24, 16)}
+SHAPES = {
+    "layers": (2, 24, 16),
+    "three axes": (6, 24, 8),
+    "kl of three axes": (6, 24, 8),
+    "merged": (2, 24, 16),
+}
 SHORT = (
     "defaults",
     "cholesky_qr",
@@ -55,6 +68,7 @@ SHORT = (
     "factored",
     "tiles",
     "layers",
+    "kl",
 )
 
 
