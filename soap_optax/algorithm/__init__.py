@@ -15,6 +15,7 @@ from soap_optax.algorithm.kl_factors import (
     kl_decay,
     kl_gram_matrices,
     rotations,
+    rotations_by_others,
 )
 from soap_optax.algorithm.refresh_methods import RefreshMethod
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
@@ -51,6 +52,7 @@ __all__ = [
     "normalization",
     "refresh",
     "rotations",
+    "rotations_by_others",
     "rounding_level",
     "second_moment_estimate",
     "step_block",

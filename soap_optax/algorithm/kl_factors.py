@@ -65,17 +65,28 @@ def rotations(
       grad: the block's gradient, `(*block)`.
       bases: the basis of each preconditioned axis, `(d, d)`, in the dtype of the gradient.
       axes: the preconditioned axes of the block, ascending.
-      precision: precision of the last product, whose result only the step uses. The others feed
-        factors and use the highest precision.
+      precision: precision of the last product, whose result feeds no factor.
     """
-    by_others = []
-    for number in range(len(axes)):
-        others = [other for other in range(len(axes)) if other != number]
-        other_bases, other_axes = [bases[i] for i in others], [axes[i] for i in others]
-        by_others.append(rotate(grad, other_bases, other_axes, Precision.HIGHEST))
+    by_others = rotations_by_others(grad, bases, axes)
     last = min(range(len(axes)), key=lambda number: len(bases[number]))
     whole = rotate(by_others[last], [bases[last]], [axes[last]], precision)
-    return Rotations(tuple(by_others), whole)
+    return Rotations(by_others, whole)
+
+
+def rotations_by_others(
+    grad: Array, bases: Sequence[Array], axes: Sequence[int]
+) -> tuple[Array, ...]:
+    """For each preconditioned axis, the gradient rotated along all other preconditioned axes.
+
+    These products feed factors and use the highest precision.
+    """
+
+    def rotated(number: int) -> Array:
+        others = [other for other in range(len(axes)) if other != number]
+        other_bases, other_axes = [bases[i] for i in others], [axes[i] for i in others]
+        return rotate(grad, other_bases, other_axes, Precision.HIGHEST)
+
+    return tuple(map(rotated, range(len(axes))))
 
 
 def inverse_roots(eigenvalues: Sequence[Array]) -> tuple[Array, ...]:

@@ -27,18 +27,26 @@ def is_acceptable(grad: Array, state: StackState) -> Array:
 def rotations(
     grad: Array, state: StackState, axes: Sequence[int], precision: PrecisionLike
 ) -> Rotations | None:
+    """The rotations of a gradient that a step with KL factors needs; None without KL factors."""
+    if not state.eigenvalues:
+        return None
+    return algorithm.rotations(grad, _bases(state, grad), axes, precision)
+
+
+def rotations_by_others(
+    grad: Array, state: StackState, axes: Sequence[int]
+) -> tuple[Array, ...] | None:
     """The rotations of a gradient that KL factors need; None without KL factors."""
     if not state.eigenvalues:
         return None
-    bases = [basis.astype(grad.dtype) for basis in state.bases]
-    return algorithm.rotations(grad, bases, axes, precision)
+    return algorithm.rotations_by_others(grad, _bases(state, grad), axes)
 
 
 def average_factors(
     grad: Array,
     accepted: Array,
     state: StackState,
-    rotated: Rotations | None,
+    by_others: Sequence[Array] | None,
     axes: Sequence[int],
     beta: Array,
 ) -> tuple[Array, ...]:
@@ -48,16 +56,17 @@ def average_factors(
       grad: the gradient, `(*block)`.
       accepted: whether the gradient may enter the state, a boolean scalar.
       state: the state before this gradient.
-      rotated: what `rotations` returned.
+      by_others: the gradient rotated along all other preconditioned axes, for each of them; None
+        without KL factors.
       axes: the preconditioned axes of the block, ascending.
       beta: the decay of the factors, a scalar.
     """
-    if rotated is None:
+    if by_others is None:
         grams = tuple(gram_matrix(grad, axis) for axis in axes)
         decay = beta
     else:
         is_first = state.accepted_gradients == 0
-        grams = algorithm.kl_gram_matrices(rotated.by_others, state.eigenvalues, axes, is_first)
+        grams = algorithm.kl_gram_matrices(by_others, state.eigenvalues, axes, is_first)
         decay = algorithm.kl_decay(beta, is_first)
 
     def average(factor: Array, gram: Array) -> Array:
@@ -75,9 +84,16 @@ def average_eigenvalues(
     axes: Sequence[int],
     beta: Array,
 ) -> tuple[Array, ...]:
-    """Averages a gradient into the eigenvalue estimates; the first one, before any basis, is not.
+    """Averages a gradient into the eigenvalue estimates of its block, if it has any.
 
-    The arguments are those of `average_factors`.
+    The first gradient comes before any basis and does not change them.
+
+    Args:
+      accepted: whether the gradient may enter the state, a boolean scalar.
+      state: the state before this gradient.
+      rotated: the rotations of the gradient; None without KL factors.
+      axes: the preconditioned axes of the block, ascending.
+      beta: the decay of the factors, a scalar.
     """
     if rotated is None:
         return ()
@@ -86,3 +102,8 @@ def average_eigenvalues(
     return tuple(
         jnp.where(applied, new, old) for new, old in zip(averages, state.eigenvalues, strict=True)
     )
+
+
+def _bases(state: StackState, grad: Array) -> list[Array]:
+    """The bases of a block, in the dtype of its gradient."""
+    return [basis.astype(grad.dtype) for basis in state.bases]

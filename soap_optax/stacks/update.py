@@ -103,8 +103,8 @@ def _average_factors(
     axes: Sequence[int], hyper: Hyperparameters, grad: Array, accepted: Array, state: StackState
 ) -> tuple[Array, ...]:
     """Averages a gradient into the factors of its block before their refresh."""
-    rotated = factors.rotations(grad, state, axes, hyper.precision)
-    return factors.average_factors(grad, accepted, state, rotated, axes, hyper.shampoo_beta)
+    by_others = factors.rotations_by_others(grad, state, axes)
+    return factors.average_factors(grad, accepted, state, by_others, axes, hyper.shampoo_beta)
 
 
 def _step_block(
@@ -118,10 +118,10 @@ def _step_block(
     """Takes a step with one block, and averages the gradient into its factors if asked to."""
     beta = hyper.shampoo_beta
     rotated = factors.rotations(grad, state, axes, hyper.precision)
-    whole = None if rotated is None else rotated.whole
+    by_others, whole = rotated or (None, None)
     update, new = algorithm.step_block(grad, accepted, state, axes, hyper, whole)
     if averages_factors:
-        averages = factors.average_factors(grad, accepted, state, rotated, axes, beta)
+        averages = factors.average_factors(grad, accepted, state, by_others, axes, beta)
         new = new._replace(factors=averages)
     eigenvalues = factors.average_eigenvalues(accepted, state, rotated, axes, beta)
     return update, new._replace(eigenvalues=eigenvalues)

@@ -141,6 +141,7 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         "bfloat16",
     ),
     (("refresh",), [None, 3, True, b"qr", ("qr",)], "must be one of 'qr', 'cholesky_qr'", STATIC),
+    (("factor_estimator",), [None, 1, True, ("kl",)], "must be one of 'gram', 'kl', got", STATIC),
     (("refresh_order",), [None, True], "must be one of 'before_gradient'", STATIC),
     (
         ("refresh_tolerance",),

@@ -116,10 +116,10 @@ def refresh(state: KlState, options: Options) -> None:
     """A refresh of `reference`; the estimates are permuted with the columns, as its `nu`."""
     leaf = state.leaf
     if leaf.bases is not None:
-        for axis, basis in leaf.bases.items():
+        for axis, estimates in state.eigenvalues.items():
+            basis = leaf.bases[axis]
             quotients = np.diag(basis.T @ leaf.factors[axis] @ basis)
-            descending = np.argsort(-quotients, kind="stable")
-            state.eigenvalues[axis] = state.eigenvalues[axis][descending]
+            state.eigenvalues[axis] = estimates[np.argsort(-quotients, kind="stable")]
     reference.refresh(leaf, options)
 
 
