@@ -100,7 +100,7 @@ def test_one_sided_rotates_half_as_often() -> None:
 def test_kl_factors_take_one_more_product_and_feed_on_none_below_the_highest_precision(
     order: str,
 ) -> None:
-    options = {"factor_estimator": "kl", "refresh_order": order}
+    options: dict[str, Any] = {"factor_estimator": "kl", "refresh_order": order}
     rotations, gram_matrices, of_refresh = precisions(jaxpr_of(precision="high", **options))
     # The last product of the way there and two back have no part in a factor. After a refresh the
     # gradient is rotated again.

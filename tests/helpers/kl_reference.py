@@ -1,8 +1,8 @@
 """KL-SOAP of one array in NumPy, beside `helpers.reference`, which is SOAP's.
 
-Factors are sums over explicit matrices, and the first moment stays in the parameters' coordinates,
-so that little of the library's own way is repeated: each factor is computed in the parameters'
-coordinates, from the inverse of the other factors' estimates, `Q diag(1 / l) Q^T`.
+It repeats little of the library's way. The first moment and the factors stay in the parameters'
+coordinates. There, a factor is whitened by the explicit matrix `Q diag(1 / l) Q^T` of each other
+axis.
 """
 
 import dataclasses
