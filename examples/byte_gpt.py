@@ -142,7 +142,7 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps bytes, `(B, T)`, to the logits of the next bytes, `(B, T, 256)`."""
-        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None]
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -111,7 +111,8 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
       A transformation. Its `update` needs the parameters, for the weight decay.
 
     Raises:
-      TypeError, ValueError: see `scale_by_soap`.
+      TypeError, ValueError: when built, at ``init`` and at ``update``, as `scale_by_soap` does; at
+        ``update`` also if the parameters are missing.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam

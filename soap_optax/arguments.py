@@ -4,46 +4,48 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
 
-from soap_optax import values
-from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax import value_checks
+from soap_optax.algorithm import RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
 _ALIAS_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "learning_rate": values.check_learning_rate,
-    "weight_decay": values.check_weight_decay,
-    "mask": values.check_mask,
+    "learning_rate": value_checks.check_learning_rate,
+    "weight_decay": value_checks.check_weight_decay,
+    "mask": value_checks.check_mask,
 }
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "b1": values.check_decay,
-    "b2": values.check_decay,
-    "eps": values.check_eps,
-    "shampoo_beta": lambda name, value: None if value is None else values.check_decay(name, value),
-    "precondition_frequency": values.check_frequency,
-    "max_precond_dim": values.check_max_precond_dim,
-    "precondition_1d": values.check_flag,
-    "merge_dims": values.check_flag,
-    "normalize_grads": values.check_flag,
-    "correct_bias": values.check_flag,
-    "mu_dtype": values.check_dtype,
-    "block_size": values.check_block_size,
-    "dimension_numbers": partial(
-        values.check_tree, entries="objects with reduction_axis and output_axis"
+    "b1": value_checks.check_decay,
+    "b2": value_checks.check_decay,
+    "eps": value_checks.check_eps,
+    "shampoo_beta": lambda name, value: (
+        None if value is None else value_checks.check_decay(name, value)
     ),
-    "stack_sharding": values.check_stack_sharding,
-    "stack_multiple": values.check_stack_multiple,
-    "param_shardings": partial(values.check_tree, entries="NamedSharding"),
-    "refresh": partial(values.check_choice, choices=get_args(RefreshMethod)),
-    "refresh_tolerance": values.check_tolerance,
-    "refresh_order": partial(values.check_choice, choices=get_args(RefreshOrder)),
-    "stagger": values.check_flag,
-    "one_sided": values.check_flag,
-    "factored": values.check_flag,
-    "preconditioner_dtype": values.check_dtype,
-    "fold_factors": values.check_flag,
-    "factor_estimator": partial(values.check_choice, choices=get_args(FactorEstimator)),
-    "precision": values.check_precision,
+    "precondition_frequency": value_checks.check_frequency,
+    "max_precond_dim": value_checks.check_max_precond_dim,
+    "precondition_1d": value_checks.check_flag,
+    "merge_dims": value_checks.check_flag,
+    "normalize_grads": value_checks.check_flag,
+    "correct_bias": value_checks.check_flag,
+    "mu_dtype": value_checks.check_dtype,
+    "block_size": value_checks.check_block_size,
+    "dimension_numbers": partial(
+        value_checks.check_tree, entries="objects with reduction_axis and output_axis"
+    ),
+    "stack_sharding": value_checks.check_stack_sharding,
+    "stack_multiple": value_checks.check_stack_multiple,
+    "param_shardings": partial(value_checks.check_tree, entries="NamedSharding"),
+    "refresh": partial(value_checks.check_choice, choices=get_args(RefreshMethod)),
+    "refresh_tolerance": value_checks.check_tolerance,
+    "refresh_order": partial(value_checks.check_choice, choices=get_args(RefreshOrder)),
+    "stagger": value_checks.check_flag,
+    "one_sided": value_checks.check_flag,
+    "factored": value_checks.check_flag,
+    "factor_estimator": partial(value_checks.check_choice, choices=get_args(FactorEstimator)),
+    "preconditioner_dtype": value_checks.check_dtype,
+    "fold_factors": value_checks.check_flag,
+    "precision": value_checks.check_precision,
 }
 
 
@@ -71,10 +73,10 @@ def _check_pairs(arguments: Mapping[str, Any]) -> None:
     if arguments["dimension_numbers"] is not None and arguments["merge_dims"]:
         raise ValueError(
             "merge_dims must be False where dimension_numbers are given, got True: they already "
-            "decide which axes are merged"
+            "decide which axes are merged; name all axes to merge in reduction_axis or output_axis"
         )
     sharding, multiple = arguments["stack_sharding"], arguments["stack_multiple"]
-    shards = 1 if sharding is None else shard_count(sharding)
+    shards = shard_count(sharding)
     if multiple is not None and multiple % shards:
         raise ValueError(
             f"stack_multiple must be a multiple of the {shards} shards of stack_sharding, got "
@@ -82,12 +84,12 @@ def _check_pairs(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["param_shardings"] is not None and sharding is None:
         raise ValueError(
-            "param_shardings must be None where stack_sharding is None: stacks that are not "
-            "sharded need no hints"
+            "param_shardings must be None where stack_sharding is None, because the state is not "
+            "sharded; pass stack_sharding too, or drop param_shardings"
         )
     if arguments["refresh_tolerance"] is not None and arguments["refresh"] == "partial":
         raise ValueError(
             "refresh_tolerance must be None where refresh is 'partial', got "
             f"{arguments['refresh_tolerance']}: a partial refresh costs less than measuring the "
-            "off-diagonal mass"
+            "off-diagonal mass; drop refresh_tolerance, or choose another refresh"
         )

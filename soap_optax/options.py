@@ -22,7 +22,10 @@ from soap_optax.state import ScaleBySoapState
 
 @dataclass(frozen=True)
 class Structure:
-    """The arguments that decide the structure of the state; all are static."""
+    """Static arguments of `scale_by_soap` that decide shapes, dtypes and shardings of the state.
+
+    Its methods plan a tree, make its first state, and check a later state against that.
+    """
 
     block_options: BlockOptions
     dimension_numbers: Any
@@ -36,13 +39,11 @@ class Structure:
 
         `statistics` are the dtypes of the leaves' statistics; None means that their own decide.
         """
-        sharding = self.stack_sharding
-        shards = 1 if sharding is None else devices.shard_count(sharding)
-        multiple = self.stack_multiple or shards
+        multiple = self.stack_multiple or devices.shard_count(self.stack_sharding)
         plan = blocks.plan_of(
             tree, self.block_options, self.dimension_numbers, multiple, statistics
         )
-        return devices.layout_of(tree, plan, sharding, self.param_shardings)
+        return devices.layout_of(tree, plan, self.stack_sharding, self.param_shardings)
 
     def initial_state(self, layout: Layout, leaves: Sequence[ArrayLike] = ()) -> ScaleBySoapState:
         """The state before the first gradient."""
@@ -55,7 +56,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The arguments that decide a step; the numbers may be traced."""
+    """Arguments of `scale_by_soap` that decide a step; the numbers may be traced."""
 
     b1: ArrayLike
     b2: ArrayLike

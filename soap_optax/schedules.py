@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from soap_optax import values
+from soap_optax import value_checks
 
 # The longest interval, in effect never: counters of updates have 32 bits.
 LONGEST = np.iinfo(np.int32).max
@@ -19,10 +19,10 @@ Frequency = ArrayLike | Callable[[ArrayLike], ArrayLike]
 def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Array]:
     """A schedule for ``precondition_frequency`` with dense refreshes first and rare ones later.
 
-    Eigenbases rotate fastest at the start of training. The interval from one refresh to the next is
-    1 for the first ``2 * dense`` updates. It then grows in proportion to the number of updates,
-    ``count // dense``, up to `most`. Before that, each doubling of the number of updates takes
-    about the same number of refreshes.
+    Eigenbases rotate fastest at the start of training. So the interval from one refresh to the next
+    grows with the number of updates: it is ``count // dense``, at least 1 and at most `most`. The
+    first ``2 * dense`` updates have an interval of 1. Then each doubling of the number of updates
+    takes about the same number of refreshes, until the interval reaches `most`.
 
     Example:
       >>> import soap_optax
@@ -41,7 +41,7 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
     Raises:
       TypeError, ValueError: if an argument is not such an integer.
     """
-    check = partial(values.check_integer, least=1, hint="", most=LONGEST)
+    check = partial(value_checks.check_integer, least=1, hint="", most=LONGEST)
     check("dense", dense, way_out="1 lengthens the interval in every update")
     check("most", most, way_out="1 refreshes in every step")
 
@@ -65,9 +65,9 @@ def frequency_at(frequency: Frequency, count: Array) -> Array:
     if frequency.ndim:
         raise ValueError(
             "precondition_frequency must be one number for all blocks, got an array of shape "
-            f"{frequency.shape}; a schedule returns a scalar"
+            f"{frequency.shape}; return a scalar from the schedule"
         )
     size = frequency.astype(jnp.float32)  # To compare it with what its own dtype may not hold.
     in_range = (size >= 1) & (size < LONGEST)
-    whole = jnp.where(in_range, frequency, 1).astype(jnp.int32)
+    whole = jnp.where(in_range, frequency, jnp.ones_like(frequency)).astype(jnp.int32)
     return jnp.where(size >= LONGEST, LONGEST, whole)

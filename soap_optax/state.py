@@ -1,13 +1,14 @@
 """The optimizer's state: NamedTuples and dicts of plain arrays, nothing else.
 
-Symbols used in every module:
+Lengths in the shapes of arrays, in every module:
 
-| symbol | meaning |
+| length | meaning |
 | --- | --- |
-| `B` | blocks in a stack, with padding: equal shapes, equal preconditioned axes |
+| `blocks` | number of blocks in a stack, padding included |
 | `d` | length of one preconditioned axis of a block |
-| `*block` | shape of a block, `m n` for a matrix |
-| `L` | leaves (or tiles of leaves) in a bucket, with `N` entries and padding in all |
+| `*block` | shape of a block, `m, n` for a matrix |
+| `leaves` | number of leaves, or tiles of leaves, in a bucket |
+| `entries` | number of entries of these leaves, padding included |
 """
 
 from typing import NamedTuple
@@ -28,23 +29,24 @@ class StackState(NamedTuple):
     gradient, bases with every refresh.
 
     Attributes:
-      accepted_gradients: number of gradients accepted so far, `(B,)`. The first one only fills the
-        factors.
-      rejected_gradients: number of gradients rejected because they were not finite, `(B,)`.
-      factors: average of each preconditioned axis' Gram matrix, `(B, d, d)`, in axis order; with
-        ``fold_factors`` its folded lower triangle, `(B, ceil(d / 2), d + 1)`.
-      mu: first moment in the eigenbases' coordinates, `(B, *block)`.
-      nu: second moment in the eigenbases' coordinates, `(B, *block)`; with ``factored`` its means
-        over all axes but one, `(B, d)` for each axis of the block.
-      bases: orthonormal eigenvectors of each factor as of the last refresh, `(B, d, d)`, the
+      accepted_gradients: number of gradients accepted so far, `(blocks,)`. The first one only
+        fills the factors.
+      rejected_gradients: number of gradients rejected because they were not finite, or because
+        their sum of squares would overflow, `(blocks,)`.
+      factors: average of each preconditioned axis' Gram matrix, `(blocks, d, d)`, by ascending
+        axis; with ``fold_factors`` its folded lower triangle, `(blocks, ceil(d / 2), d + 1)`.
+      mu: first moment in the eigenbases' coordinates, `(blocks, *block)`.
+      nu: second moment in the eigenbases' coordinates, `(blocks, *block)`; with ``factored`` its
+        means over all axes but one, `(blocks, d)` for each axis of the block.
+      bases: orthonormal eigenvectors of each factor as of the last refresh, `(blocks, d, d)`, the
         identity before the first. Columns are sorted by descending eigenvalue; ``"jacobi"`` and
         ``"partial"`` do not sort them.
-      age: number of updates applied since the last refresh was due, `(B,)`.
-      refreshes: number of bases adopted so far, the first included, `(B,)`.
+      age: number of updates applied since the last refresh was due, `(blocks,)`.
+      refreshes: number of bases adopted so far, the first included, `(blocks,)`.
       rejected_refreshes: number of refreshes rejected because the new basis was not finite or not
-        orthonormal, `(B,)`. The old basis stays.
-      eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, `(B, d)`
-        for each preconditioned axis, one for each column of the basis. Otherwise empty.
+        orthonormal, `(blocks,)`. The old basis stays.
+      eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, one for
+        each column of its basis, `(blocks, d)`; otherwise empty.
     """
 
     accepted_gradients: Array
@@ -63,10 +65,12 @@ class AdamState(NamedTuple):
     """State of leaves without a preconditioner: the leaves of a bucket, or one large leaf.
 
     Attributes:
-      accepted_gradients: number of gradients accepted so far, `(L,)`. The first one moves nothing.
-      rejected_gradients: number of gradients rejected because they were not finite, `(L,)`.
-      mu: first moment, `(N,)`.
-      nu: second moment, `(N,)`.
+      accepted_gradients: number of gradients accepted so far, `(leaves,)`. The first one moves
+        nothing.
+      rejected_gradients: number of gradients rejected because they were not finite, or because
+        their sum of squares would overflow, `(leaves,)`.
+      mu: first moment, `(entries,)`.
+      nu: second moment, `(entries,)`.
     """
 
     accepted_gradients: Array

@@ -74,8 +74,8 @@ def scale_by_soap(
     without such an axis get Adam, and so do scalars, and vectors unless ``precondition_1d``.
 
     The first update is zero: the first gradient only fills the factors, and the bias correction
-    counts from the second. A gradient that is not finite is rejected: its block gets a zero update,
-    keeps its state, and the state counts the rejection.
+    counts from the second. A gradient that is not finite, or whose sum of squares would overflow,
+    is rejected: its block gets a zero update, keeps its state, and the state counts the rejection.
 
     With default arguments this follows the authors' code to rounding.
 
@@ -110,9 +110,9 @@ def scale_by_soap(
       normalize_grads: whether to divide each update by its root mean square, before the bias
         correction multiplies it.
       correct_bias: whether to apply Adam's bias correction.
-      mu_dtype: dtype in which the first moment is stored, with at least the range of float32, such
-        as bfloat16. None means the dtype of the statistics: float32, or float64 for float64 leaves.
-        So does a wider dtype.
+      mu_dtype: dtype in which the first moment is stored, such as bfloat16. It needs at least the
+        range of float32. None, or a wider dtype, means the dtype of the statistics: float32, or
+        float64 for float64 parameters.
       block_size: longest tile into which axes are cut, each tile with its own preconditioner. None
         cuts no axis.
       dimension_numbers: the axes of each leaf that form a matrix. A tree with the structure of the
@@ -124,14 +124,14 @@ def scale_by_soap(
         ``NamedSharding(mesh, P(("data", "fsdp")))``: every stack is sharded along axis 0. Each
         device refreshes its own blocks; only gradients and updates are resharded. None means one
         device.
-      stack_multiple: number of blocks to a multiple of which stacks are padded. None means the
-        number of shards of ``stack_sharding``. A state with this padding can be restored on any
-        number of devices that divides it.
+      stack_multiple: every stack is padded to a multiple of this number of blocks. The state can
+        then be restored on any number of devices that divides it. None means the number of shards
+        of ``stack_sharding``.
       param_shardings: hints on how parameters and gradients are sharded on the mesh of
         ``stack_sharding``. A tree of `NamedSharding` with the structure of the parameters or a
         prefix of it, or a function of the parameters (or of traced gradients) that returns one.
-        Leaves without an entry get no hint: XLA picks the communication, which costs more when
-        equal shapes are sharded differently, or along the axes of layers. Explicit axes need no
+        A leaf with an entry of None gets no hint, and XLA picks the communication. That costs more
+        if equal shapes are sharded differently, or along the axes of layers. Explicit axes need no
         hint.
       refresh: how a basis follows its factor. ``"qr"``, the authors' method: one step of orthogonal
         iteration. ``"cholesky_qr"``: the same from a Cholesky decomposition, or a QR if that fails.
@@ -139,16 +139,16 @@ def scale_by_soap(
         Jacobi rotations, from matrix products alone. ``"partial"``: rotates a quarter of the
         columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs,
         ``"eigh"`` on TPUs for axes of up to 256, ``"jacobi"`` elsewhere.
-      refresh_tolerance: off-diagonal mass (see `diagnostics`) up to which a due refresh is skipped:
-        the block keeps its bases until it is due again. None skips no refresh.
+      refresh_tolerance: off-diagonal mass (see `diagnostics`) up to which a due refresh is skipped.
+        The block then has its old bases until its next refresh is due. None skips no refresh.
       refresh_order: ``"before_gradient"`` refreshes from factors without the step's gradient, as in
         the authors' code; ``"after_gradient"`` from factors with it.
       stagger: whether to spread refreshes over the cycle, so that every step refreshes about the
         same number of blocks. First bases are still made all at once.
       one_sided: whether only the shortest axis of a block gets a factor.
       factored: whether the second moment of a block is stored as its marginals, as in Adafactor.
-      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16. None
-        means the dtype of the statistics, in which refreshes are always computed. So does a wider
+      preconditioner_dtype: dtype in which factors and bases are stored, such as bfloat16. None, or
+        a wider dtype, means the dtype of the statistics. Refreshes are always computed in that
         dtype. A factor in bfloat16 follows decays of up to 0.99; at larger decays, new gradients
         are rounded away.
       fold_factors: whether the symmetric factors are stored as one triangle.
@@ -163,9 +163,10 @@ def scale_by_soap(
       A transformation whose state is a `ScaleBySoapState`.
 
     Raises:
-      TypeError, ValueError: when built, if an argument is out of range; at ``init``, if a leaf is
-        not real floating point; at ``update``, if the state belongs to other shapes, or a schedule
-        returns an array.
+      TypeError, ValueError: when built, if an argument is out of range or contradicts another; at
+        ``init`` and ``update``, if a leaf is not real floating point, or ``dimension_numbers`` or
+        ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
+        shapes, or a schedule returns an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
@@ -261,31 +262,32 @@ def _transformation(
 
 
 def _update_leaves(
-    layout: Layout, settings: StepSettings, leaves: list[ArrayLike], state: ScaleBySoapState
+    layout: Layout, settings: StepSettings, grads: list[ArrayLike], state: ScaleBySoapState
 ) -> tuple[list[Array], ScaleBySoapState]:
     """Gradients to stacks, an update of every stack and of Adam's leaves, and updates back."""
-    plan, given = layout.plan, leaves
-    leaves = layout.prepare(leaves)
+    plan = layout.plan
+    leaves = layout.prepare(grads)
+    # Slices at constant positions compile slowly on CPUs.
     starts = stacks.hide_from_cpu_compiler(blocks.slice_starts(plan), state.count)
     updates: dict[Region, Array] = {}
-    new_stacks, new_adam, number = {}, {}, 0
+    new_stacks, new_adam, blocks_before = {}, {}, 0
     for name, group in plan.stacks.items():
         with jax.named_scope(f"soap/{name}"):
-            grads = layout.to_stack(leaves, group)
+            stack = layout.to_stack(leaves, group)
             stack_updates, new_stacks[name] = stacks.update_stack(
-                grads, state.stacks[name], group, number, settings, layout
+                stack, state.stacks[name], group, blocks_before, settings, layout
             )
             updates |= layout.from_stack(stack_updates, group, starts)
-            number += group.blocks
+            blocks_before += group.blocks
     for name, group in plan.adam.items():
         with jax.named_scope("soap/adam"):
-            grads = blocks.gather(leaves, plan, group)
+            runs = blocks.gather(leaves, plan, group)
             hyper = settings.hyper[group.dtype.name]
             leaf_updates, new_adam[name] = stacks.update_adam(
-                grads, state.adam[name], group, hyper, layout
+                runs, state.adam[name], group, hyper, layout
             )
             updates |= blocks.split(leaf_updates, group, starts)
-    new_leaves = layout.finish(blocks.scatter(plan, updates, leaves), given)
+    new_leaves = layout.finish(blocks.scatter(plan, updates, leaves), like=grads)
     return new_leaves, ScaleBySoapState(
         layout_version=state.layout_version,
         count=jnp.asarray(optax.safe_increment(state.count)),

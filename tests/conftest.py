@@ -1,4 +1,4 @@
-"""The option `--long`, eight devices, small caches and one Hypothesis profile for all tests."""
+"""The option `--long`, eight devices, small caches and two Hypothesis profiles for all tests."""
 
 import os
 
@@ -94,6 +94,16 @@ def optimized_programs() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def implicit_promotion() -> Iterator[None]:
+    """Lets Optax, Flax and the code of pages promote dtypes and ranks implicitly.
+
+    The suite also runs with `JAX_NUMPY_DTYPE_PROMOTION=strict` or `JAX_NUMPY_RANK_PROMOTION=raise`.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

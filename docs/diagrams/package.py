@@ -25,7 +25,7 @@ def wings() -> Canvas:
         ("blue", "state", "the NamedTuples", left, 440, narrow),
         ("purple", "algorithm", "equations of a block", right, 320, narrow),
         ("purple", "linalg", "matrices only", right, 440, narrow),
-        ("blue", "values", "", 610, 440, 120),
+        ("blue", "value_checks", "", 610, 440, 120),
     ):
         canvas.rectangle(x, y, width, 44, style)
         canvas.text(x + 14, y + 27, name, "label bold", 15, "start")

@@ -1,7 +1,9 @@
 """The equations of SOAP, for one block: a step, the eigenbases, the refresh methods.
 
+It computes in the dtype of the statistics, and returns each field in the dtype in which it came.
+
 May import: `soap_optax.linalg`, `soap_optax.state`, JAX. Must never know: stacks, parameter trees,
-meshes, when a refresh is due, or the dtype in which a state is stored.
+meshes, or when a refresh is due.
 """
 
 from soap_optax.algorithm.eigenbasis import EigenbasisState, RefreshRule, refresh

@@ -84,8 +84,8 @@ def refresh(
       rule: how to refresh.
 
     Returns:
-      The new state. Bases and moments are the old ones, and the refresh is counted as rejected,
-      where a factor or a basis is not finite or a basis is not orthonormal.
+      The new state. The refresh is rejected if a factor or a new basis is not finite, or a new
+      basis is not orthonormal. Bases and moments are then the old ones.
     """
     dtype = factors[0].dtype
     wide = state._replace(
@@ -217,8 +217,8 @@ def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tu
 def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
     """Calls a function for every axis of a block.
 
-    On TPUs, where decompositions compile slowly, axes of the same length share one program. On CPUs
-    each axis has its own, so that they may run at the same time.
+    On accelerators, where decompositions compile slowly, axes of the same length share one program.
+    On CPUs each axis has a program of its own.
     """
 
     def each(*arguments: Sequence[Array]) -> list[Any]:

@@ -39,16 +39,16 @@ class PartlyNewBasis(NamedTuple):
 
 
 def chunk_length(length: int) -> int:
-    """The number of columns in a chunk; a short basis is one chunk."""
+    """The number of columns in a chunk. A basis of fewer than 32 columns is one chunk."""
     return length // CHUNKS if length >= 4 * CHUNKS else length
 
 
 def scheduled_chunks(length: int, refreshes: Array) -> Array:
-    """The first columns of the chunks that a partial refresh rotates, `(2,)` or `(1,)`.
+    """The first columns of the chunks that a partial refresh rotates, `(2,)`; `(1,)` for one chunk.
 
-    28 refreshes meet every pair of chunks. Where eight chunks do not cover all columns, the others
-    form a gap. It is after the last chunk in the first round, and one chunk earlier in each
-    following round. So every pair of columns meets within five rounds.
+    A round of 28 refreshes rotates every pair of chunks once. All chunks have the same length, so
+    up to seven columns are in none. In the first round these are the last columns. In each
+    following round they are one chunk earlier. So every pair of columns meets within five rounds.
 
     Args:
       length: the number of columns of the basis.
@@ -77,11 +77,11 @@ def put_chunks(array: Array, axis: int, starts: Array, new: Array) -> Array:
 
 
 def rotate_chunks(factor: Array, basis: Array, starts: Array) -> PartlyNewBasis:
-    """Rotates the columns of some chunks, to diagonalize their part of `Q^T L Q`."""
+    """Rotates the columns of some chunks so that their part of `Q^T L Q` is diagonal."""
     columns = take_chunks(basis, 1, starts)
     rotated = matmul(columns.T, matmul(factor, columns))
     symmetric = (rotated + rotated.T) / 2
-    quotients = jnp.where(zero_rows(symmetric), -jnp.inf, jnp.diagonal(symmetric))
+    quotients = jnp.where(zero_rows(symmetric), jnp.inf, jnp.diagonal(symmetric))
     descending = jnp.argsort(quotients, descending=True)
     rotation = descending_eigenvectors(symmetric)
     new = put_chunks(basis, 1, starts, matmul(columns, rotation))

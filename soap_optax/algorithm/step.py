@@ -95,7 +95,7 @@ def step_block(
     )
 
 
-def is_acceptable(grad: Array, stored: Sequence[DTypeLike] = ()) -> Array:
+def is_acceptable(grad: Array, stored: Sequence[DTypeLike]) -> Array:
     """Whether a gradient may enter the statistics: it has no NaN, no infinity, and cannot overflow.
 
     Every entry of the Gram matrices and of the squared rotated gradient is at most the gradient's
@@ -103,7 +103,7 @@ def is_acceptable(grad: Array, stored: Sequence[DTypeLike] = ()) -> Array:
 
     Args:
       grad: the block's gradient, `(*block)`.
-      stored: the dtypes in which statistics are stored, where narrower than the gradient's.
+      stored: the dtypes in which statistics are stored.
     """
     largest = min(float(jnp.finfo(dtype).max) for dtype in (grad.dtype, *stored))
     return jnp.sum(jnp.square(grad)) <= largest / 4
@@ -145,24 +145,34 @@ def adam_direction(mu: Array, nu: Array, hyper: Hyperparameters) -> Array:
     return mu / (_root(nu) + hyper.eps)
 
 
-# The rounding errors of a rotation, in machine epsilons of the block's largest root. See
-# docs/explanation/numerics.md for the evidence.
+# The largest rounding error of a rotation, as a root of the second moment: this number of machine
+# epsilons times the block's largest root. docs/explanation/numerics.md has the measurements.
 ROUNDING = 32
 
 
 def rounding_level(root: Array) -> Array:
-    """The root of the second moment, `(*block)`, up to which it is a rounding error, a scalar."""
-    return ROUNDING * jnp.finfo(root.dtype).eps * jnp.max(root)
+    """The level up to which an entry of `root` may be a rounding error alone, a scalar.
+
+    For gradients so small that the square of this level underflows, the level is 0. A sound entry
+    may then have a root of 0, and `eps` exceeds every root.
+
+    Args:
+      root: the root of the second moment of a block, `(*block)`.
+    """
+    limits = jnp.finfo(root.dtype)
+    level = ROUNDING * limits.eps * jnp.max(root)
+    return jnp.where(jnp.square(level) >= limits.tiny, level, 0)
 
 
 def without_rounding(mu: Array, nu: Array) -> Array:
-    """A rotated first moment without the entries whose second moment is a rounding error.
+    """The rotated first moment, with zeros where the second moment is a rounding error.
 
     In the null directions of a factor, a rotated gradient is a rounding error. Divided by its own
-    root, it would become an update of full size. An entry without a gradient has a root of zero.
+    root, it would become an update of full size.
     """
     root = _root(nu)
-    return jnp.where(root > rounding_level(root), mu, 0)
+    level = rounding_level(root)
+    return jnp.where((root > level) | (level == 0), mu, 0)
 
 
 def _root(nu: Array) -> Array:

@@ -5,7 +5,15 @@ basis is refreshed.
 """
 
 from soap_optax.blocks.checks import check_state, is_placeholder, plan_of, statistics_of
-from soap_optax.blocks.gather import consecutive_slices, gather, scatter, slice_starts, split
+from soap_optax.blocks.gather import (
+    concatenate,
+    consecutive_slices,
+    gather,
+    scatter,
+    slice_starts,
+    split,
+    tiles_of,
+)
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
 from soap_optax.blocks.prefixes import broadcast_prefix
@@ -19,6 +27,7 @@ __all__ = [
     "Shape",
     "broadcast_prefix",
     "check_state",
+    "concatenate",
     "consecutive_slices",
     "gather",
     "is_placeholder",
@@ -30,4 +39,5 @@ __all__ = [
     "split",
     "statistics_of",
     "take_or_zero",
+    "tiles_of",
 ]

@@ -62,12 +62,8 @@ def is_placeholder(params: Any) -> bool:
 def check_leaf(path: Any, leaf: Any) -> np.dtype:
     """Returns the dtype of a leaf, or raises if it is not a real floating-point array."""
     where = jax.tree_util.keystr(path) or "the tree itself"
-    try:
-        dtype = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        is_array = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
-    except TypeError:
-        is_array, dtype = False, None
-    if not is_array or dtype is None:
+    dtype = _dtype_of(leaf)
+    if dtype is None:
         raise TypeError(
             f"every leaf must be an array, got {leaf!r} at {where}; filter the tree before init, "
             "in Equinox by eqx.filter(model, eqx.is_inexact_array), or leave the leaf out with "
@@ -87,6 +83,13 @@ def check_leaf(path: Any, leaf: Any) -> np.dtype:
     return jnp.result_type(leaf)
 
 
+def _dtype_of(leaf: Any) -> DTypeLike | None:
+    """The dtype of an array, of its shape, or of a number; None for anything else."""
+    if isinstance(leaf, numbers.Number):
+        return jnp.result_type(leaf)
+    return leaf.dtype if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else None
+
+
 def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     """The dtype of each leaf's statistics: the state decides, whatever the gradients' dtypes.
 
@@ -103,7 +106,7 @@ def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     """
     groups = [*_groups(state, "stacks"), *_groups(state, "adam")]
     found = {jax.tree.leaves(group.nu)[0].dtype for group in groups}
-    if np.dtype(np.float64) in found and not jax.config.jax_enable_x64:
+    if np.dtype(np.float64) in found and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "the state has float64 statistics, and jax_enable_x64 is off: it was made under "
             "jax.enable_x64; use it there too, or call init again"
@@ -142,8 +145,8 @@ def check_state(state: Any, expected: Any) -> ScaleBySoapState:
                 "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
                 "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
                 "(which is the number of shards of stack_sharding where it is not given), "
-                "one_sided, factored, fold_factors, factor_estimator changed after init, so call "
-                "init again or restore the options"
+                "one_sided, factored, fold_factors, factor_estimator changed after init; undo the "
+                "change, or call init again for a new state"
             )
     return state
 

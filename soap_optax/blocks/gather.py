@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,27 +13,26 @@ from soap_optax.blocks.plan import Group, Plan, Region
 from soap_optax.blocks.views import Shape, View
 
 
-def gather(
-    leaves: Sequence[ArrayLike],
-    plan: Plan,
-    group: Group,
-    reshard: Callable[[dict[Region, Array]], dict[Region, Array]] = lambda tiles: tiles,
-) -> list[Array]:
-    """Gathers a group's blocks from the leaves: `(k, *tile)` for each run of equal tiles.
+def gather(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> list[Array]:
+    """Gathers a group's blocks from the leaves: `(k, *tile)` for each run of equal tiles."""
+    return concatenate(tiles_of(leaves, plan, group), group)
+
+
+def tiles_of(leaves: Sequence[ArrayLike], plan: Plan, group: Group) -> dict[Region, Array]:
+    """Cuts the regions of a group out of all leaves, and into tiles: `(*tiles, *tile)` for each."""
+    return {
+        region: _to_tiles(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
+        for region in group.regions
+    }
+
+
+def concatenate(tiles: Mapping[Region, Array], group: Group) -> list[Array]:
+    """Concatenates tiles: `(k, *tile)` for each run of equal tiles.
 
     Args:
-      leaves: all leaves of the tree.
-      plan: the plan of the tree.
-      group: the group whose blocks are gathered.
-      reshard: a function of the tiles of each region, `(*tiles, *tile)`, that returns them with the
-        sharding of the stack. It may reshape the axes of a block.
+      tiles: the tiles of each region, `(*tiles, *tile)`. The axes of a block may be reshaped.
+      group: the group of these regions.
     """
-    tiles = reshard(
-        {
-            region: _to_tiles(_to_view(leaves[region.leaf], plan.views[region.leaf]), region)
-            for region in group.regions
-        }
-    )
     runs = []
     for run in group.runs:
         blocks = [_to_blocks(tiles[region], region) for region in run]
@@ -44,7 +43,7 @@ def gather(
 def split(
     blocks: Sequence[Array], group: Group, starts: Mapping[int, ArrayLike]
 ) -> dict[Region, Array]:
-    """Splits the blocks of a group into its regions: undoes the concatenation of `gather`.
+    """Splits the blocks of a group into its regions: undoes `concatenate`.
 
     Args:
       blocks: `(k, *tile)` for each run of equal tiles.

@@ -1,4 +1,4 @@
-"""Stacks of several lengths with the same blocks, and the padding between these."""
+"""Padding of stacks: the same blocks in stacks of several lengths."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,9 @@ def repad(stack: Array, group: Group, length: int) -> Array:
 
 
 def padding_sources(group: Group, old: int, new: int, shards: int = 1) -> np.ndarray:
-    """For each position of a new stack the position in the old one, `(new,)`, or past its end.
+    """For each position of a new stack, the position of its block in the old one, `(new,)`.
+
+    Padding gets a position past the end of the old stack.
 
     Args:
       group: the blocks.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
-from soap_optax.blocks.views import Axes, AxesMark, BlockOptions, Shape, View, view_of
+from soap_optax.blocks.views import Axes, BlockOptions, Shape, View, view_of
 
 # The number of entries from which a leaf without a preconditioner gets its own vectors. Copying it
 # into a bucket and back would take longer than its update.
@@ -44,7 +44,7 @@ class Group:
     """Blocks that share their arrays of state: a stack, or the leaves of a bucket.
 
     Attributes:
-      regions: the blocks' regions, in the order in which they are stored.
+      regions: the regions of the blocks, in the sequence in which they are stored.
       dtype: the dtype of the statistics.
       axes: the preconditioned axes, the same for every block; none in a bucket.
       multiple: the leading axis of the arrays of state is padded to a multiple of this number.
@@ -86,7 +86,7 @@ class Group:
         return self.blocks + self.padding
 
     def positions(self, length: int) -> np.ndarray:
-        """The positions of the blocks in a stack of some length, `(blocks,)`, such as 0, 2, 5 of 8.
+        """The position of each block in a stack of some length, such as 0, 2 and 5 of 8.
 
         The positions are spread evenly: each shard holds its share of the blocks, or one less, for
         any number of shards that divides the length. The shard of a block depends on the number of
@@ -115,8 +115,8 @@ def make_plan(
     shapes: Sequence[Shape],
     dtypes: Sequence[DTypeLike],
     options: BlockOptions,
-    axes: Sequence[Axes] | None = None,
-    multiple: int = 1,
+    axes: Sequence[Axes],
+    multiple: int,
 ) -> Plan:
     """Assigns the blocks of every leaf to a stack, or the leaf to Adam, from shape and dtype.
 
@@ -126,10 +126,9 @@ def make_plan(
       shapes: the shape of each leaf.
       dtypes: the dtype of each leaf.
       options: how leaves are cut into blocks.
-      axes: the use of each leaf's axes; None means the default for every leaf.
+      axes: the use of each leaf's axes.
       multiple: the leading axis of the arrays of state is padded to a multiple of this number.
     """
-    axes = axes or [AxesMark.DEFAULT] * len(shapes)
     views = tuple(view_of(shape, use, options) for shape, use in zip(shapes, axes, strict=True))
     stacks: dict[tuple[np.dtype, Shape], list[Region]] = {}
     adam: dict[str, list[Region]] = {}
@@ -175,8 +174,8 @@ def stack_name(block: Shape, dtype: np.dtype) -> str:
 def adam_name(region: Region, dtype: np.dtype, taken: Container[str]) -> str:
     """The key of an Adam leaf in the state: the dtype's name for the leaves that share a bucket.
 
-    A large leaf has its own vectors and a name like a stack's, with a number after the first of
-    that name. Concatenating large leaves would cost more than their whole update.
+    A large leaf has its own vectors, because concatenating it would cost more than its update. Its
+    key is its shape, such as `50304x16384`. Further leaves of that shape get a number after it.
     """
     if math.prod(region.tiles + region.tile) < LARGE:
         return dtype.name

@@ -41,7 +41,7 @@ def broadcast_prefix(
 def _mismatch(name: str, found: str) -> ValueError:
     return ValueError(
         f"{name} must be a tree with the structure of the parameters or a prefix of it, or a "
-        f"function that returns such a tree, got {found}"
+        f"function that returns such a tree, got {found}; give every parameter an entry, or None"
     )
 
 

@@ -34,9 +34,10 @@ class MatrixAxes(NamedTuple):
 
 
 class AxesMark(enum.Enum):
-    """How a leaf's axes are used where `dimension_numbers` name none of them.
+    """How a leaf's axes are used if `dimension_numbers` name none of them.
 
-    By default every axis may get a factor. With a `dimension_numbers` of None no axis does.
+    `DEFAULT`, without `dimension_numbers`: every axis may get a factor. `NOT_PRECONDITIONED`, with
+    an entry of None: no axis gets one.
     """
 
     DEFAULT = enum.auto()
@@ -143,8 +144,8 @@ def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
         rows, columns = _as_axes(numbers.reduction_axis), _as_axes(numbers.output_axis)
     except TypeError as error:
         raise TypeError(
-            "dimension_numbers must name axes by integers or sequences of them, got "
-            f"{numbers!r} at {path}"
+            "dimension_numbers must name axes by integers or sequences of them, such as (0, 1), "
+            f"got {numbers!r} at {path}"
         ) from error
     if not all(-ndim <= axis < ndim for axis in rows + columns):
         raise ValueError(
@@ -155,7 +156,7 @@ def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
     if len(set(axes.rows + axes.columns)) < len(axes.rows + axes.columns) or not (rows and columns):
         raise ValueError(
             "dimension_numbers must name at least one axis on each side and none twice, got "
-            f"{numbers!r} at {path}"
+            f"{numbers!r} at {path}; use None there for no preconditioner"
         )
     return axes
 

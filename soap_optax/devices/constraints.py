@@ -1,8 +1,8 @@
 """Sharding constraints that make XLA reshard an array over one mesh axis after another.
 
-With a single constraint, XLA would gather the array on every device if another array axis is
-already sharded over one of these mesh axes. Without one array axis for each mesh axis, it would
-gather the array as well.
+XLA all-gathers the array if a single constraint shards an array axis over several mesh axes, and
+one of these already shards another array axis. It does the same without an array axis for each mesh
+axis. So array axes are reshaped to one for each mesh axis, and each constraint changes one of them.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from soap_optax.devices.mesh import mesh_axes, mesh_axis_lengths
 
 UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
-# The sharding of one array axis, reshaped to one axis for each mesh axis and a remainder: for each
-# of these a mesh axis, or None (replicated), or UNCONSTRAINED (XLA chooses).
+# The sharding of one array axis, reshaped to one axis for each mesh axis and one for the rest. Each
+# entry is a mesh axis, None (replicated) or UNCONSTRAINED (XLA chooses).
 AxisSpec = tuple[Any, ...]
 
 
@@ -47,8 +47,8 @@ def shard_axis(
       axis: the axis to shard.
       sharding: the mesh axes to shard over, as a sharding of axis 0.
       presharded: the number of these mesh axes that shard the axis already.
-      unknown: whether the axis may already be sharded over further mesh axes, which XLA knows.
-        Otherwise it is first replicated over them.
+      unknown: whether further mesh axes may shard the axis already, as only XLA knows. If False,
+        the axis is first replicated over all further mesh axes.
     """
     steps = _unsharding_steps(sharding, presharded, unknown)
     return _constrain_stepwise(array, {axis: sharding}, reversed(steps))
@@ -76,7 +76,7 @@ def move_sharding_to_axis_0(
       array: any array.
       axis: the axis that is sharded.
       sharding: the sharding that axis 0 gets.
-      axis_sharding: the sharding of the other axis: the same mesh axes, in any order.
+      axis_sharding: the sharding of the other axis: the same mesh axes, in any sequence.
     """
     steps = reversed(_moving_steps(sharding, axis_sharding))
     return _constrain_stepwise(array, {0: sharding, axis: axis_sharding}, steps)
@@ -91,7 +91,7 @@ def move_sharding_from_axis_0(
 
 
 def permute_shards(array: Array, axis: int, sharding: NamedSharding) -> Array:
-    """Shards an axis that is sharded over all devices in another order: one permutation."""
+    """Changes the sequence of devices that shard an axis, by one collective permutation."""
     spec: list[Any] = [None] * array.ndim  # No mesh axis is left for other axes.
     spec[axis] = sharding.spec[0]
     return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

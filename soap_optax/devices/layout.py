@@ -1,4 +1,4 @@
-"""The door of this wing: one interface for one device and for a mesh."""
+"""The interface of this wing, and its implementation for one device."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,15 +34,15 @@ class Layout(Protocol):
         ...
 
     def finish(self, leaves: Sequence[Array], like: Sequence[ArrayLike]) -> list[Array]:
-        """New leaves with the shardings of the given ones."""
+        """New leaves with the shardings of `like`, or of the hints in `param_shardings`."""
         ...
 
     def to_stack(self, leaves: Sequence[ArrayLike], group: Group) -> Array:
-        """Gathers the blocks of a stack from the leaves, `(B, *block)`."""
+        """Gathers the blocks of a stack from the leaves, `(blocks, *block)`."""
         ...
 
     def from_stack(self, stack: Array, group: Group, starts: Starts) -> dict[Region, Array]:
-        """Splits a stack, `(B, *block)`, into its regions: undoes `to_stack`.
+        """Splits a stack, `(blocks, *block)`, into its regions: undoes `to_stack`.
 
         Args:
           stack: the stack.
@@ -52,7 +52,7 @@ class Layout(Protocol):
         ...
 
     def to_vector(self, leaves: Sequence[Array], group: Group) -> Array:
-        """Concatenates the entries of a bucket's leaves, `(N,)`, with zeros as padding.
+        """Concatenates the entries of a bucket's leaves, `(entries,)`, with zeros as padding.
 
         Args:
           leaves: the leaves of the group, stacked by shape, `(k, *leaf)`.
@@ -73,7 +73,7 @@ class Layout(Protocol):
         ...
 
     def map_blocks(self, function: Callable[[Any, Any], Any], blocks: Any, shared: Any) -> Any:
-        """Calls `function(blocks, shared)` where the blocks are: on each device with its own.
+        """Calls `function(blocks, shared)` on each device with its own blocks.
 
         Args:
           function: a function of blocks that treats each block independently.

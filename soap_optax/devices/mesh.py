@@ -26,8 +26,10 @@ def mesh_axis_lengths(sharding: NamedSharding) -> list[int]:
     return [sharding.mesh.shape[axis] for axis in mesh_axes(sharding)]
 
 
-def shard_count(sharding: NamedSharding) -> int:
-    """The number of shards of axis 0."""
+def shard_count(sharding: NamedSharding | None) -> int:
+    """The number of shards of axis 0; 1 without a sharding."""
+    if sharding is None:
+        return 1
     return math.prod(mesh_axis_lengths(sharding))
 
 
@@ -72,16 +74,19 @@ def map_shards(
 def refine_mesh(
     sharding: NamedSharding, counts: Collection[int]
 ) -> tuple[Mesh, Mapping[str, Sequence[str]]]:
-    """The same mesh with more and shorter axes, and their names for each axis of the mesh.
+    """Cuts the axes of a mesh into shorter ones, so that a sharding can name a part of an axis.
 
-    A tiled axis of a leaf that is sharded over the mesh is sharded first from tile to tile, then
-    within a tile. With fewer tiles than devices, the tiles take only a part of a mesh axis. A
-    sharding can name whole mesh axes only, so each part becomes an axis with a name. All parts have
-    the same length where possible: then the same parts serve leaves and slices.
+    A sharded axis of a leaf may have fewer tiles than devices. Then only a part of a mesh axis
+    separates the tiles, and the rest shards each tile. A sharding can name whole mesh axes only, so
+    each part becomes an axis with a name. All parts have the same length where possible. Then the
+    same parts serve leaves and slices.
 
     Args:
       sharding: the sharding of axis 0 of stacks.
       counts: the numbers of tiles along the axes of leaves.
+
+    Returns:
+      The finer mesh, and for each axis of the mesh the names of its parts.
     """
     mesh, before, factors = sharding.mesh, 1, []
     assert isinstance(mesh, Mesh)
@@ -103,7 +108,10 @@ def refine_mesh(
 
 
 def _factors(length: int, divisors: Iterable[int]) -> list[int]:
-    """Factors of a number whose cumulative products are divisors of it, as far as possible."""
+    """Factors of a number. Their cumulative products are `divisors` of it, and the number itself.
+
+    A divisor is left out if the product before it does not divide it.
+    """
     products = [1]
     for divisor in (*sorted(divisors), length):
         if divisor % products[-1] == 0 == length % divisor and divisor > products[-1]:
@@ -112,7 +120,7 @@ def _factors(length: int, divisors: Iterable[int]) -> list[int]:
 
 
 def _powers_of_one_base(numbers: Collection[int], limit: int) -> Collection[int]:
-    """The powers of the largest common base of some numbers; all numbers, if they have none."""
+    """The powers of the largest number of which all numbers are powers; without one, any number."""
     for base in range(min(numbers, default=1), 1, -1):
         powers = [base**n for n in range(1, limit.bit_length() + 1)]
         if all(number in powers for number in numbers):

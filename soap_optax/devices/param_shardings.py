@@ -96,34 +96,34 @@ def _check_explicit(mesh: Any, stack_mesh: Any, path: str) -> None:
     if mesh.shape != stack_mesh.shape or set(mesh.explicit_axes) != set(stack_mesh.explicit_axes):
         raise ValueError(
             "stack_sharding must be on the mesh of the parameters where its axes are explicit, got "
-            f"{stack_mesh}, and {mesh} at {path}"
+            f"{stack_mesh}, and {mesh} at {path}; build both from one mesh"
         )
 
 
 def _check_hint(mesh: Any, sharding: Any, shape: Shape, path: str) -> NamedSharding:
-    """Returns the hint for a leaf on another mesh of the same devices, or raises."""
+    """Returns the hint of a leaf on `mesh`, or raises if it does not fit the leaf or the mesh."""
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             "param_shardings must have a NamedSharding or None for every parameter, got "
-            f"{sharding!r} at {path}"
+            f"{sharding!r} at {path}; wrap a PartitionSpec in NamedSharding(mesh, spec)"
         )
     if sharding.mesh.shape != mesh.shape or (
         isinstance(sharding.mesh, Mesh) and (sharding.mesh.devices != mesh.devices).any()
     ):
         raise ValueError(
             "param_shardings must be on the mesh of stack_sharding, with its devices in the same "
-            f"order, {mesh}, got {sharding.mesh} at {path}"
+            f"sequence, {mesh}, got {sharding.mesh} at {path}; build both from one mesh"
         )
     if len(sharding.spec) > len(shape) or PartitionSpec.UNCONSTRAINED in sharding.spec:
         raise ValueError(
             "param_shardings must specify how a parameter's axes are sharded, got "
-            f"{sharding.spec} at {path}, which has {len(shape)} axes"
+            f"{sharding.spec} at {path}, which has {len(shape)} axes; None gives no hint"
         )
     for length, axes in zip(shape, _spec_of(sharding, len(shape)), strict=True):
         if length % math.prod(mesh.shape[axis] for axis in axes):
             raise ValueError(
                 "param_shardings must shard the axes of a parameter evenly, got "
-                f"{sharding.spec} at {path}, which has the shape {shape}"
+                f"{sharding.spec} at {path}, which has the shape {shape}; None gives no hint"
             )
     return NamedSharding(mesh, sharding.spec)
 

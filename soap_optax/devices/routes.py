@@ -26,7 +26,8 @@ class WholeLeaves:
     """Leaves are resharded whole.
 
     Attributes:
-      presharded: the number of mesh axes that already shard axis 0, in the order of the sharding.
+      presharded: the number of mesh axes of the sharding, from the first on, that already shard
+        axis 0.
     """
 
     presharded: int
@@ -52,9 +53,13 @@ class Routes:
     def of_stack(self, group: Group) -> Route:
         """The route of a stack's blocks.
 
-        Slices are the route in three cases. An axis of a leaf with several blocks is sharded, or
-        may be. Leaves are sharded in several ways. Or there would be as much padding as blocks.
-        Otherwise, and if slices would not be equal, leaves are resharded whole.
+        Leaves are resharded whole unless one of these is true:
+
+        - an axis that is cut into several blocks is sharded, or may be;
+        - leaves are sharded in different ways;
+        - the stack would have at least as much padding as blocks.
+
+        Leaves are resharded whole in any case if a block has no equal slices.
         """
         shards = shard_count(self.sharding)
         if shards == 1 or math.prod(group.block) % shards:
@@ -67,7 +72,7 @@ class Routes:
         ]
         # Leaves that are sharded along a batch axis have whole tiles on each device.
         counts = {region.tiles[axis] for region, axis in several if region.tile[axis] > 1}
-        slices = best_slices(group.block, self.sharding, counts, unused=self._unused_axes(group))
+        slices = best_slices(group.block, self.sharding, self._unused_axes(group), counts)
         if shortest_length(group, self.sharding) >= 2 * group.blocks:
             return slices
         known = {r: self.leaves.view_spec(self.plan, r.leaf) for r in group.regions}
@@ -88,18 +93,18 @@ class Routes:
     def of_vector(self, group: Group) -> Route | None:
         """The route of a leaf with its own vectors; None for a bucket.
 
-        The leaf is resharded along its first axis, where entries are consecutive.
+        Only shards of the first axis are consecutive in the vector, so that axis is resharded.
         """
         shards = shard_count(self.sharding)
         if shards == 1 or group.padding or group.entries != math.prod(group.block):
             return None
         unused = self._unused_axes(group)
-        slices = best_slices(group.block, self.sharding, leading_axes=1, unused=unused)
+        slices = best_slices(group.block, self.sharding, unused, leading_axes=1)
         if group.block[0] % shards:
             return slices
         spec = self.leaves.view_spec(self.plan, group.regions[0].leaf)
-        # XLA finds a short way without help, except for a leaf that is sharded along another axis
-        # and over some of the mesh axes only.
+        # XLA needs no help, except for a leaf that is sharded along another axis and over only some
+        # of the mesh axes.
         unaided = WholeLeaves(len(mesh_axes(self.sharding)))
         if spec is None:
             return unaided

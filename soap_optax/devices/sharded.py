@@ -1,7 +1,6 @@
 """The layout on a mesh: stacks sharded along axis 0, leaves as the user shards them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,8 +90,9 @@ class Sharded:
             stack = blocks.repad(stack, group, shortest)
             stack = constraints.shard_axis(stack, 0, sharding, presharded=route.presharded)
         else:
-            shard = partial(self._over_equal_leaves, route.shard, route)
-            [stack] = blocks.gather(leaves, self.plan, group, shard)
+            tiles = blocks.tiles_of(leaves, self.plan, group)
+            tiles = self._over_equal_leaves(route.shard, route, tiles)
+            [stack] = blocks.concatenate(tiles, group)
             # Without a constraint here, JAX 0.8 reshards one leaf after another.
             for permuted in (route.finer, route.sharding):
                 stack = constraints.permute_shards(stack, route.axis, permuted)
@@ -178,8 +178,8 @@ class Sharded:
         stacks: list[Array] = []
         for (_, _, spec), regions in equal.items():
             given = [arrays[region] for region in regions]
-            is_tiled = regions[0].tiles[slices.first] > 1
-            known = None if spec is None or is_tiled else spec[slices.first]
+            is_tiled = regions[0].tiles[slices.tile_axis] > 1
+            known = None if spec is None or is_tiled else spec[slices.tile_axis]
             presharded = 0 if known is None else slices.presharded_axes(known)
             if stacks:  # Both results are used: XLA drops a barrier with unused results.
                 given, stacks[-1] = lax.optimization_barrier((given, stacks[-1]))

@@ -59,10 +59,11 @@ def _soap_shardings(state: ScaleBySoapState, stack_sharding: NamedSharding) -> S
 def _other_sharding(
     path: tuple[Any, ...], leaf: Any, mesh: Any, params: dict[Any, Any]
 ) -> NamedSharding:
-    """The sharding of a leaf that another transformation of the chain keeps.
+    """The sharding of a leaf of another transformation of the chain.
 
-    Its own, if it is on the mesh; else that of the parameter with its shape whose path its own path
-    ends with; else replicated.
+    It is the leaf's own sharding, if that is on the mesh. Otherwise it is the sharding of its
+    parameter: the one of the same shape whose path ends the leaf's path. If the mesh has neither,
+    the leaf is replicated.
     """
     endings = [path[start:] for start in range(len(path) + 1)]
     mirrored = [params[end] for end in endings if end in params]

@@ -8,6 +8,12 @@ from soap_optax.linalg.decompositions import (
     orthonormalize,
     orthonormalize_by_cholesky,
 )
+from soap_optax.linalg.decoupling import (
+    decoupled_columns,
+    decoupled_rows,
+    with_unit_vectors,
+    zero_rows,
+)
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
     is_orthonormal,
@@ -17,20 +23,13 @@ from soap_optax.linalg.orthonormality import (
     rayleigh_quotients,
 )
 from soap_optax.linalg.products import gram_matrix, matmul, multiply_along
-from soap_optax.linalg.triangle import fold, folded_like, folded_shape, unfolded
-from soap_optax.linalg.zero_rows import (
-    decoupled_columns,
-    decoupled_rows,
-    with_rows_last,
-    zero_rows,
-)
+from soap_optax.linalg.triangle import folded_like, folded_shape, unfolded
 
 __all__ = [
     "decoupled_columns",
     "decoupled_rows",
     "departure_from_orthonormality",
     "descending_eigenvectors",
-    "fold",
     "folded_like",
     "folded_shape",
     "gram_matrix",
@@ -44,6 +43,6 @@ __all__ = [
     "orthonormalize_by_cholesky",
     "rayleigh_quotients",
     "unfolded",
-    "with_rows_last",
+    "with_unit_vectors",
     "zero_rows",
 ]

@@ -14,6 +14,7 @@ from jax.custom_batching import sequential_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from soap_optax.linalg.decoupling import with_unit_vectors, zero_rows
 from soap_optax.linalg.derivatives import (
     derivative_of_eigenvectors,
     derivative_of_qr,
@@ -21,7 +22,6 @@ from soap_optax.linalg.derivatives import (
 )
 from soap_optax.linalg.householder import q_from_panels
 from soap_optax.linalg.products import gram_matrix
-from soap_optax.linalg.zero_rows import with_rows_last, zero_rows
 
 # The length from which CPUs use the blocked QR: it takes two thirds of LAPACK's time at 512, two
 # fifths at 1024 and 2048, and the same time at 256.
@@ -97,15 +97,14 @@ def _ascending_eigenvectors(matrix: Array) -> Array:
     return _eigh(matrix)
 
 
-def descending_eigenvectors(factor: Array) -> Array:
-    """All eigenvectors of a symmetric matrix, columns by descending eigenvalue, `(d, d)`.
+def descending_eigenvectors(matrix: Array) -> Array:
+    """All eigenvectors of a symmetric positive matrix, columns by descending eigenvalue, `(d, d)`.
 
-    The eigenvectors of rows of zeros are unit vectors and come last.
+    The eigenvectors of rows of zeros are unit vectors and come first.
     """
-    bound = jnp.max(jnp.sum(jnp.abs(factor), axis=0))  # of the largest magnitude of an eigenvalue
-    return with_rows_last(
-        lambda matrix: _ascending_eigenvectors(matrix)[:, ::-1],
-        factor,
-        rows=zero_rows(factor),
-        value=-2 * jnp.where(bound > 0, bound, 1),
-    )
+    rows = zero_rows(matrix)
+    # An eigenvalue of its own for each row of zeros, above the eigenvalues of all other rows.
+    bound = lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(matrix), axis=0)))
+    values = jnp.where(bound > 0, bound, 1) * jnp.linspace(3, 2, len(matrix), dtype=matrix.dtype)
+    vectors = _ascending_eigenvectors(matrix + jnp.diag(jnp.where(rows, values, 0)))
+    return with_unit_vectors(vectors[:, ::-1], rows)

@@ -61,7 +61,10 @@ def _reflections_of(panel: Array) -> Reflections:
     identity = jnp.eye(len(taus), dtype=panel.dtype)
     overlaps = jnp.triu(matmul(rows, rows.T), 1)
     weights = lax.linalg.triangular_solve(
-        identity + taus[:, None] * overlaps, taus * identity, left_side=True, unit_diagonal=True
+        identity + taus[:, None] * overlaps,
+        taus[None, :] * identity,
+        left_side=True,
+        unit_diagonal=True,
     )
     return Reflections(rows, weights)
 

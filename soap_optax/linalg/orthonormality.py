@@ -1,4 +1,4 @@
-"""How near a basis is to orthonormal and to the eigenvectors, and Newton-Schulz iterations.
+"""Departures of columns from orthonormal ones and from eigenvectors, and Newton-Schulz iterations.
 
 Every function takes one matrix, or one array.
 """
@@ -20,14 +20,14 @@ def largest_magnitude(array: Array) -> Array:
 
 
 def rayleigh_quotients(product: Array, basis: Array) -> Array:
-    """The diagonal of `Q^T L Q`, `(d,)`, from the product `L Q`."""
+    """The diagonal of `Q^T A Q`, `(d,)`, from the product `A Q`."""
     return jnp.sum(basis * product, axis=0)
 
 
 def off_diagonal_mass(product: Array, basis: Array) -> Array:
-    """The off-diagonal share of the Frobenius norm of `B = Q^T L Q`, from the product `L Q`.
+    """The off-diagonal share of the Frobenius norm of `B = Q^T A Q`, from the product `A Q`.
 
-    Because `Q` is orthonormal, `L Q = Q B` has the norm of `B`, and `L Q - Q diag(B)` has the norm
+    Because `Q` is orthonormal, `A Q = Q B` has the norm of `B`, and `A Q - Q diag(B)` has the norm
     of `B` without its diagonal. The difference is taken entry by entry: a difference of two norms
     would cancel.
     """
@@ -63,7 +63,7 @@ def is_orthonormal(basis: Array) -> Array:
 def probed_departure(basis: Array) -> Array:
     """Estimates the size of `E = Q^T Q - I` by its products with a few vectors of signs `s`.
 
-    All of `E` would cost as many operations as one product of a refresh; `E s` costs `O(d^2)`.
+    All of `E` would cost `O(d^3)` operations, and `E s` costs `O(d^2)`.
     Each vector detects an entry `E_ij` above a tolerance with a probability of at least one half.
     Flipping the sign of `s_j` changes `(E s)_i` by more than twice the tolerance. So at most one of
     the two values is within it. An entry that large goes undetected once in `2^16`. In float32, the
@@ -80,8 +80,8 @@ def _signs(length: int, dtype: jnp.dtype) -> Array:
     """Pseudorandom vectors of signs, `(length, PROBES)`, from a hash of the entries' numbers."""
     bits = jnp.arange(length, dtype=jnp.uint32)[:, None] * PROBES
     bits = bits + jnp.arange(PROBES, dtype=jnp.uint32)[None, :]
-    for factor in (0x7FEB352D, 0x846CA68B):  # The constants of Wellons' hash `lowbias32`, 2018.
-        bits = (bits ^ (bits >> 16)) * jnp.uint32(factor)
+    for multiplier in (0x7FEB352D, 0x846CA68B):  # Of Wellons' hash `lowbias32`, 2018.
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(multiplier)
     return jnp.where(bits >> 31 == 0, 1, -1).astype(dtype)
 
 

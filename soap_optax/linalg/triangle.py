@@ -23,14 +23,14 @@ def fold(matrix: Array) -> Array:
     return jnp.where(_belongs_to_lower_half(half, width), lower, upper)
 
 
-def unfolded(factor: Array, d: int) -> Array:
-    """A factor as a `(d, d)` matrix, whether it is stored folded or not."""
-    return factor if factor.shape == (d, d) else unfold(factor, d)
+def unfolded(stored: Array, d: int) -> Array:
+    """A symmetric matrix, `(d, d)`, whether it is stored folded or not."""
+    return stored if stored.shape == (d, d) else unfold(stored, d)
 
 
-def folded_like(factor: Array, matrix: Array) -> Array:
-    """A symmetric matrix, `(d, d)`, in the storage of the factor: folded, or as it is."""
-    return matrix if factor.shape == matrix.shape else fold(matrix)
+def folded_like(stored: Array, matrix: Array) -> Array:
+    """A symmetric matrix, `(d, d)`, in the storage of another: folded, or as it is."""
+    return matrix if stored.shape == matrix.shape else fold(matrix)
 
 
 def unfold(folded: Array, d: int) -> Array:

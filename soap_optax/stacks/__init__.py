@@ -2,13 +2,13 @@
 
 May import: `soap_optax.devices`, `soap_optax.blocks`, `soap_optax.algorithm`, `soap_optax.linalg`,
 `soap_optax.state`, JAX. Must never know: how a tree is cut into blocks, or how arrays are
-resharded. It contains no equation.
+resharded. The equations of a block are in `soap_optax.algorithm`.
 """
 
 from soap_optax.stacks.adam import update_adam
+from soap_optax.stacks.hidden_scalars import hide_from_cpu_compiler
 from soap_optax.stacks.initial import StorageOptions, initial_state, placeholder_state
 from soap_optax.stacks.refresh_gating import RefreshOrder, RefreshTiming
-from soap_optax.stacks.slice_starts import hide_from_cpu_compiler
 from soap_optax.stacks.update import StepSettings, update_stack
 
 __all__ = [

@@ -44,7 +44,7 @@ def update_adam(
     leaves = consecutive_slices([len(grad) for grad in grads])
 
     def spread(per_leaf: Array) -> Array:
-        """Repeats each leaf's value for all of its entries, `(N,)`; zero for the padding."""
+        """Repeats each leaf's value for all of its entries, `(entries,)`; zero for the padding."""
         repeated = [
             jnp.broadcast_to(per_leaf[leaf, None], (len(grad), grad[0].size)).ravel()
             for grad, leaf in zip(grads, leaves, strict=True)

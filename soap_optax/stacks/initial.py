@@ -32,14 +32,15 @@ class StorageOptions:
 
 
 def initial_state(
-    plan: Plan, storage: StorageOptions, leaves: Sequence[ArrayLike] = ()
+    plan: Plan, storage: StorageOptions, leaves: Sequence[ArrayLike]
 ) -> ScaleBySoapState:
     """The state before the first gradient: zero statistics, and the identity as every basis.
 
     Args:
       plan: the plan of the tree.
       storage: how the state is stored.
-      leaves: the leaves of the tree, over whose mesh axes the state varies in a `jax.shard_map`.
+      leaves: the leaves of the tree, over whose mesh axes the state varies in a `jax.shard_map`;
+        empty for the state's shapes alone.
     """
     state = ScaleBySoapState(
         layout_version=jnp.asarray(LAYOUT_VERSION, jnp.int32),

@@ -37,7 +37,7 @@ class RefreshTiming:
 
 
 def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
-    """The phases of blocks in the refresh cycle, as fractions of the cycle, `(B,)`.
+    """The phases of blocks in the refresh cycle, as fractions of the cycle, `(blocks,)`.
 
     They are the fractional parts of multiples of the golden ratio. So the phases of consecutive
     blocks are spread evenly: in a stack, on one device, and over several small stacks.
@@ -47,7 +47,7 @@ def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
 
 
 def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
-    """Whether each block is due for a refresh if its gradient is accepted, `(B,)`.
+    """Whether each block is due for a refresh if its gradient is accepted, `(blocks,)`.
 
     A block is due if it has factors and no basis yet, or `frequency` updates after its last refresh
     was due. A staggered block waits for its phase in the cycle: from half a cycle after its last
@@ -57,7 +57,7 @@ def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
 
     Args:
       state: the state of the stack.
-      phases: the phases of the blocks in the refresh cycle, `(B,)`, from 0 to 1.
+      phases: the phases of the blocks in the refresh cycle, `(blocks,)`, from 0 to 1.
       timing: the frequency, and whether to stagger.
     """
     frequency = timing.frequency
@@ -91,7 +91,7 @@ def refresh_if_due(
 
     Args:
       state: the state of the stack.
-      due: whether each block is due, `(B,)`.
+      due: whether each block is due, `(blocks,)`.
       axes: the preconditioned axes of the blocks, ascending.
       lengths: the lengths of these axes.
       rule: how to refresh.

@@ -39,11 +39,11 @@ def update_stack(
     grads: Array,
     state: StackState,
     group: Group,
-    first_number: int,
+    blocks_before: int,
     settings: StepSettings,
     layout: Layout,
 ) -> tuple[Array, StackState]:
-    """Updates a stack by one gradient for each block, `(B, *block)`, and returns the updates.
+    """Updates a stack by one gradient for each block, `(blocks, *block)`, and returns the updates.
 
     On a mesh every device updates its own blocks without communication. Whether it refreshes any of
     them is decided on each device.
@@ -52,14 +52,14 @@ def update_stack(
       grads: the gradients, in the dtype of the statistics.
       state: the state of the stack.
       group: the blocks and their padding.
-      first_number: the number of blocks in the stacks before this one.
+      blocks_before: the number of blocks in the stacks before this one.
       settings: the numbers of the step.
       layout: the devices.
     """
     positions = group.positions(group.length)
     padding, phases = np.ones(group.length, bool), np.zeros(group.length, np.float32)
     padding[positions] = False
-    phases[positions] = stagger_phases(range(first_number, first_number + group.blocks))
+    phases[positions] = stagger_phases(range(blocks_before, blocks_before + group.blocks))
     shared = (settings.hyper[group.dtype.name], settings.timing, settings.rule)
     blocks = (grads, jnp.asarray(padding), jnp.asarray(phases), state)
     blocks = vary_like(blocks, shared)

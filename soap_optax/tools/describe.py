@@ -58,7 +58,7 @@ class Description:
 
     @property
     def state_bytes(self) -> int:
-        """The bytes that `init` allocates, on all devices together."""
+        """The bytes of the state that `init` makes, with each replicated array counted once."""
         return sum(row.state_bytes for row in self.rows) + self.shared_bytes
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """Scalars for a logger that measure the health of an optimizer's state.
 
-Every equation takes one factor `L` and its basis `Q`, both `(d, d)`, and no decomposition. All
-products use the highest precision: the measured errors are as small as those of a TF32 product.
+The scalars of bases need one factor `L` and its basis `Q`, both `(d, d)`, and no decomposition.
+Products use the highest precision, because a TF32 product has errors as large as these scalars.
 """
 
 import functools
@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import Precision
 from jax.typing import ArrayLike
 
 from soap_optax.algorithm import rounding_level, second_moment_estimate
+from soap_optax.devices import replicate_explicit
 from soap_optax.linalg import (
     departure_from_orthonormality,
     largest_magnitude,
+    matmul,
     off_diagonal_mass,
     rayleigh_quotients,
     unfolded,
@@ -45,11 +46,12 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
     - ``soap/512x2048/direction_rms``: the root mean square of :math:`M' / \sqrt{V'}`. It is the
       size of an update before ``eps``, bias correction, ``normalize_grads``, weight decay and
       learning rate, which the state does not contain. Entries count if their :math:`\sqrt{V'}`
-      exceeds rounding: 32 machine epsilons times the block's largest. 0 if none does.
+      is above 0 and above rounding: 32 machine epsilons times the block's largest. The result is
+      0 if no entry counts.
 
     The first three are the largest over the factors of the first `sample` blocks. The fourth covers
-    all blocks; ``soap/adam/direction_rms`` is the same for parameters without a preconditioner. For
-    all blocks and parameters together:
+    all blocks. ``soap/adam/direction_rms`` is the same for parameters without a preconditioner,
+    where all entries with :math:`V > 0` count. For all blocks and parameters together:
 
     - ``soap/age``: the largest number of updates since a block's last refresh was due.
     - ``soap/refreshes``: number of bases adopted so far, summed over the blocks.
@@ -120,6 +122,7 @@ def direction_rms(mu: Array, root: Array, rounding: ArrayLike) -> Array:
 def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Array]:
     """The sum of squares of `M' / sqrt(V')`, and the number of entries in the sum.
 
+    Entries count if their root is above `rounding`, so entries with a second moment of 0 never do.
     In the null directions of a factor both moments are rounding errors. A step sets their direction
     to zero (`soap_optax.algorithm.step.without_rounding`), and they do not count here.
     """
@@ -131,8 +134,8 @@ def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Arra
 def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
     stacks, vectors = list(state.stacks.values()), list(state.adam.values())
     scalars = {
-        f"{kind}/{name}": scalar
-        for kind, stack in state.stacks.items()
+        f"{shape}/{name}": scalar
+        for shape, stack in state.stacks.items()
         for name, scalar in _scalars_of_stack(stack, sample).items()
     }
     if vectors:
@@ -169,7 +172,7 @@ def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]
 def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
     wide = jnp.float64 if factor.dtype == jnp.float64 else jnp.float32
     factor, basis = unfolded(factor, len(basis)).astype(wide), basis.astype(wide)
-    product = jnp.matmul(factor, basis, precision=Precision.HIGHEST)  # L Q
+    product = matmul(factor, basis)  # L Q
     return {
         "off_diagonal_mass": off_diagonal_mass(product, basis),
         "departure_from_orthonormality": departure_from_orthonormality(basis),
@@ -185,16 +188,8 @@ def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> li
         return stacked
     gradients = stack.accepted_gradients + stack.rejected_gradients
     # Padding never had a gradient, so it is sorted to the end.
-    permutation = jnp.argsort(_unsharded(gradients.ravel()) == 0)
+    permutation = jnp.argsort(replicate_explicit(gradients.ravel()) == 0)
     return [_taken(array, permutation[:sample]) for array in stacked]
-
-
-def _unsharded(array: Array) -> Array:
-    """The array, replicated if explicit axes shard it."""
-    sharding = jax.typeof(array).sharding
-    if not any(sharding.spec):
-        return array
-    return jax.sharding.reshard(array, sharding.update(spec=jax.P()))
 
 
 def _taken(array: Array, positions: Array) -> Array:
@@ -208,7 +203,7 @@ def _taken(array: Array, positions: Array) -> Array:
 
 
 def _rms_of_vectors(vectors: Sequence[AdamState]) -> Array:
-    """The root mean square of the direction over several vectors, without an excluded entry."""
+    """The root mean square of the direction over the entries of several vectors with `nu > 0`."""
     sums = [_direction(vector.mu, jnp.sqrt(vector.nu), rounding=0) for vector in vectors]
     squares = sum((part.astype(jnp.float32) for part, _ in sums), jnp.float32(0))
     entries = sum((part for _, part in sums), jnp.int32(0))

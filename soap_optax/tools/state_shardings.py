@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding
 
-from soap_optax import devices, values
+from soap_optax import devices, value_checks
 
 
 def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = None) -> Any:
@@ -39,5 +39,5 @@ def state_shardings(state: Any, stack_sharding: NamedSharding, params: Any = Non
     Raises:
       TypeError, ValueError: if `soap` would not take this `stack_sharding`.
     """
-    values.check_stack_sharding("stack_sharding", stack_sharding, is_optional=False)
+    value_checks.check_stack_sharding("stack_sharding", stack_sharding, is_optional=False)
     return devices.shardings_of_state(state, stack_sharding, params)

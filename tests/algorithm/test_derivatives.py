@@ -17,25 +17,28 @@ import soap_optax
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize("normalize_grads", mostly_long([False, True], [True]))
+@pytest.mark.long
+@pytest.mark.parametrize("normalize_grads", [False, True])
 def test_forward_and_reverse_derivatives_agree_and_are_finite_from_the_first_call(
     normalize_grads: bool,
 ) -> None:
     optimizer: Any = soap_optax.soap(
         1e-2, precondition_frequency=1, eps=1e-3, normalize_grads=normalize_grads
     )
-    grads = [jax.tree.map(jnp.asarray, {"w": g, "v": g[0]}) for g in gradients(4).astype(float)]
+    sequence = gradients(4).astype(float)
+    grads = {"w": jnp.asarray(sequence), "v": jnp.asarray(sequence[:, 0])}
 
     def path(scale: jax.Array) -> jax.Array:
-        params = jax.tree.map(jnp.ones_like, grads[0])
-        state, total = optimizer.init(params), jnp.zeros(())
-        for number, grad in enumerate(grads):
-            bent = jax.tree.map(lambda g, n=number: g * (1 + scale * n * g), grad)
+        params = jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), grads)
+
+        def step(state: Any, call: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+            grad, number = call
+            bent = jax.tree.map(lambda g: g * (1 + scale * number * g), grad)
             updates, state = optimizer.update(bent, state, params)
-            total += sum(
-                jnp.sum(u * g) for u, g in zip(updates.values(), grad.values(), strict=True)
-            )
-        return total
+            return state, optax.tree.vdot(updates, grad)
+
+        _, totals = jax.lax.scan(step, optimizer.init(params), (grads, jnp.arange(4.0)))
+        return jnp.sum(totals)
 
     forward = jax.jit(jax.jacfwd(path))(0.1)
     reverse = jax.jit(jax.grad(path))(0.1)
@@ -82,14 +85,9 @@ def loss_after_training(name: str, steps: int, batches: bool, theta: jax.Array) 
 
     def step(carry: tuple[Any, Any], batch: jax.Array) -> tuple[Any, None]:
         params, state = carry
-        x, y = (
-            (jnp.asarray(INPUTS)[batch], jnp.asarray(TARGETS)[batch])
-            if batches
-            else (
-                jnp.asarray(INPUTS),
-                jnp.asarray(TARGETS),
-            )
-        )
+        x, y = jnp.asarray(INPUTS), jnp.asarray(TARGETS)
+        if batches:
+            x, y = x[batch], y[batch]
 
         def loss(params: jax.Array) -> jax.Array:
             return jnp.mean((x @ params - y) ** 2) + penalty * jnp.sum(params**2)
@@ -98,7 +96,9 @@ def loss_after_training(name: str, steps: int, batches: bool, theta: jax.Array) 
         return (optax.apply_updates(params, updates), state), None
 
     start = scale * jnp.asarray(START)
-    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), BATCHES[:steps])
+    (params, _), _ = jax.lax.scan(
+        step, (start, optimizer.init(start)), jnp.asarray(BATCHES[:steps])
+    )
     return jnp.mean((jnp.asarray(INPUTS) @ params - jnp.asarray(TARGETS)) ** 2)
 
 
@@ -116,14 +116,14 @@ def difference(function: Any, number: int, h: float) -> float:
 CASES = [
     pytest.param(name, steps, batches, id=f"{name}, {steps} steps" + ", batches" * batches)
     for name in OPTIONS
-    for steps in (2, 3, 10)
-    for batches in (False, True)
+    for steps, batches in ((3, False), (10, True))
+    if steps == 3 or name in ("defaults", "qr", "eigh", "jacobi", "partial")
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "batches"),
-    mostly_long(CASES, ["defaults, 3 steps", "qr, 10 steps, batches", "eigh, 10 steps"]),
+    mostly_long(CASES, ["qr, 10 steps, batches"]),
 )
 def test_derivatives_through_training_equal_differences_in_which_bases_move(
     name: str, steps: int, batches: bool
@@ -138,21 +138,28 @@ def test_derivatives_through_training_equal_differences_in_which_bases_move(
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("refresh", ["qr", "eigh", "jacobi"])
+@pytest.mark.long
+@pytest.mark.parametrize("refresh", mostly_long(["qr", "eigh", "jacobi"], ["qr"]))
 def test_derivatives_are_finite_where_rows_have_no_gradient(refresh: Any) -> None:
     """Rows of zeros share an eigenvalue, and some of their angles are zero."""
     optimizer = soap_optax.scale_by_soap(refresh=refresh, precondition_frequency=1)
     dead = np.arange(6) % 2 == 0
 
-    def path(scale: jax.Array) -> jax.Array:
-        state, total = optimizer.init(jnp.zeros((6, 4))), jnp.zeros(())
-        for call in range(4):
-            grad = np.where(dead[:, None], 0, np.random.default_rng(call).normal(size=(6, 4)))
-            updates, state = optimizer.update(jnp.asarray(grad) * (1 + scale * call), state)
-            total += jnp.sum(jnp.square(updates))
-        return total
+    grads = np.stack([np.random.default_rng(call).normal(size=(6, 4)) for call in range(4)])
+    grads[:, dead] = 0
+    calls = (jnp.asarray(grads), jnp.arange(4.0))
 
-    derivative = jax.jit(jax.grad(path))(0.1)
-    h = 1e-5
-    wanted = (jax.jit(path)(0.1 + h) - jax.jit(path)(0.1 - h)) / (2 * h)
+    def path(scale: jax.Array) -> jax.Array:
+        def step(state: Any, call: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            grad, number = call
+            updates, state = optimizer.update(grad * (1 + scale * number), state)
+            return state, jnp.sum(jnp.square(jnp.asarray(updates)))
+
+        _, sums = jax.lax.scan(step, optimizer.init(jnp.zeros((6, 4))), calls)
+        return jnp.sum(sums)
+
+    value_and_derivative, h = jax.jit(jax.value_and_grad(path)), 1e-5
+    _, derivative = value_and_derivative(0.1)
+    (above, _), (below, _) = value_and_derivative(0.1 + h), value_and_derivative(0.1 - h)
+    wanted = (above - below) / (2 * h)
     np.testing.assert_allclose(derivative, wanted, rtol=1e-5, atol=1e-7)

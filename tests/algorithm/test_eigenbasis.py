@@ -109,12 +109,12 @@ def test_columns_may_be_permuted_with_their_moments() -> None:
 def test_columns_may_change_their_signs_with_the_first_moment() -> None:
     grads = gradients(12)
     _, state = run(grads[:5], init(), 3)
-    rows, columns = np.array([1, -1, -1, 1, -1, 1.0]), np.array([-1, 1, 1, -1.0])
+    rows, columns = np.array([[1, -1, -1, 1, -1, 1.0]]), np.array([[-1, 1, 1, -1.0]])
     stack = state.stacks[NAME]
     flipped = replace_in_stack(
         state,
-        bases=(stack.bases[0] * rows, stack.bases[1] * columns),
-        mu=stack.mu * rows[:, None] * columns,
+        bases=(stack.bases[0] * rows[None], stack.bases[1] * columns[None]),
+        mu=stack.mu * (rows.T * columns)[None],
     )
     wanted, _ = run(grads[5:], state, 3)
     found, _ = run(grads[5:], flipped, 3)

@@ -48,6 +48,7 @@ def test_adam_by_the_authors_is_recovered_when_no_axis_is_preconditioned(eps: fl
         np.testing.assert_allclose(found[name], wanted, rtol=0, atol=2e-5)
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_optax_adam_is_recovered_one_call_later_when_eps_is_negligible() -> None:
     b1, b2, eps = 0.9, 0.99, 1e-30
     found, grads = _updates_of_plain_leaves(b1, b2, eps), plain_leaves(8)

@@ -1,7 +1,7 @@
-"""Times the steps of several contenders in turn, and says what the times come to.
+"""Times the steps of several contenders alternately, and sums the times up.
 
 A machine's speed drifts by more than the contenders differ. Therefore all of them take a step in
-every round, on the same gradients, and each is divided by the floor of its own round.
+every round, on the same gradients, and each time is relative to the floor of its own round.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def rounds_of(
 
 @dataclasses.dataclass(frozen=True)
 class CycleStep:
-    """One of the steps from one refresh to the next, and how many parts it refreshed."""
+    """One of the steps from one refresh to the next, and the number of parts it refreshed."""
 
     contender: str
     step: int
@@ -114,9 +114,9 @@ class CycleStep:
 def cycles_of(
     model: Model, layers: int, contenders: Mapping[str, Contender], frequency: int, cycles: int
 ) -> Iterator[CycleStep]:
-    """Times every step of some cycles of refreshes, after one and a half in which turns are found.
+    """Times every step of some refresh cycles, after one and a half in which blocks find phases.
 
-    The contenders take each step in turn.
+    The contenders take each step one after another.
     """
     runners, draw = warmed_up(model, layers, contenders)
     before = frequency + frequency // 2

@@ -1,4 +1,4 @@
-"""What runs of `quality.py` have given: kept as CSV, summed up by variant, and put into a table."""
+"""Results of runs of `quality.py`: written as CSV, summed up by variant, and put into a table."""
 
 import csv
 import dataclasses

@@ -4,7 +4,7 @@
     python tests/benchmarks/refresh_methods.py --out out/methods
 
 A row for each length of basis and number of blocks: the time of one refresh of all of them, one
-after another as in the library, and the off-diagonal mass that it leaves. All methods take turns,
+after another as in the library, and the off-diagonal mass that it leaves. All methods alternate,
 on the same factors, with the floor of a plain step: six products for each block. Since bases were
 eigenvectors of their factors, these have changed as by ten steps at a decay of 0.95.
 """
@@ -35,7 +35,7 @@ from soap_optax.algorithm import partial_refresh, refresh_methods
 from soap_optax.linalg import decompositions, orthonormality, products
 
 METHODS = ("qr", "cholesky_qr", "eigh", "jacobi", "partial")
-KEPT = 0.95**10  # of a factor, from one refresh to the next
+DECAY = 0.95**10  # of a factor, from one refresh to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,12 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
         return jnp.einsum("sij,skj->ik", grads, grads, precision="highest") / (steps * length)
 
     def one(key: Array) -> tuple[Array, Array]:
-        old_key, new_key, turn_key = jax.random.split(key, 3)
-        turn = jnp.linalg.qr(jax.random.normal(turn_key, (length, length)))[0]
+        old_key, new_key, rotation_key = jax.random.split(key, 3)
+        rotation = jnp.linalg.qr(jax.random.normal(rotation_key, (length, length)))[0]
         old = average(old_key, 4)
-        new = KEPT * old + (1 - KEPT) * average(new_key, 2)
-        basis = decompositions.descending_eigenvectors(turn @ old @ turn.T)
-        return turn @ new @ turn.T, basis
+        new = DECAY * old + (1 - DECAY) * average(new_key, 2)
+        basis = decompositions.descending_eigenvectors(rotation @ old @ rotation.T)
+        return rotation @ new @ rotation.T, basis
 
     return lax.map(one, jax.random.split(key, blocks))
 
@@ -95,7 +95,7 @@ def contenders() -> dict[str, Callable[[Array, Array], Array]]:
 
 
 def rows_of(length: int, blocks: int, rounds: int) -> Iterator[Row]:
-    """Times all contenders in turn, on new factors in every round."""
+    """Times all contenders alternately, on new factors in every round."""
     draw = jax.jit(factors_and_bases, static_argnums=(1, 2))
     functions = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in functions}

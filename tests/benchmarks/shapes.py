@@ -28,7 +28,7 @@ class Model:
 
     Attributes:
       tree: the tree of shapes of so many layers.
-      layers: how many are timed unless asked otherwise.
+      layers: the number of layers to time by default.
       blocks: for the shape of a leaf, that of its blocks with their number in front, as in
         `(8, 512, 256)`; None for a leaf that no preconditioner is for.
       numbers: which axes of a leaf form a matrix, for Muon; None as before.
@@ -191,10 +191,10 @@ MODELS = {
 
 
 def count_entries(tree: Any) -> int:
-    """How many numbers a tree of arrays or of their shapes holds."""
+    """The number of entries of a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def count_bytes(tree: Any) -> int:
-    """How many bytes a tree of arrays or of their shapes holds."""
+    """The number of bytes of a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

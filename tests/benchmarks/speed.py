@@ -9,7 +9,7 @@ run, on the same shapes. A variant of SOAP joins by its options:
 
     python tests/benchmarks/speed.py --models width_512 --soap "tiles:block_size=256"
 
-every step from one refresh to the next, where blocks take turns and where they do not:
+every step from one refresh to the next, with staggered blocks and without:
 
     python tests/benchmarks/speed.py --what cycles --models width_512 --contenders soap \\
         --soap "stagger:stagger=True"

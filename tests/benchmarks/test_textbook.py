@@ -24,6 +24,8 @@ def with_full_rank_factors(state: TextbookState) -> TextbookState:
     return state._replace(leaves=leaves)
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("frequency", mostly_long([1, 4], [4]))
 def test_the_textbook_gives_the_updates_of_soap_optax(frequency: int) -> None:

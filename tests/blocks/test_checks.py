@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -33,6 +34,8 @@ def test_a_leaf_that_is_no_real_array_raises_with_its_path_and_the_way_out(
         soap_optax.soap(1e-3).init({"kernel": KERNEL, "leaf": leaf})
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("implicit_promotion")
 def test_the_way_out_for_complex_leaves_works() -> None:
     optimizer = optax.contrib.split_real_and_imaginary(soap_optax.scale_by_soap())
     params = {"kernel": jnp.ones((4, 3), jnp.complex64)}
@@ -68,8 +71,11 @@ def run(params: Any, grads: list[Any], **options: Any) -> tuple[Any, Any]:
     return updates, state
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("options", [{}, {"factored": True}, {"mu_dtype": jnp.bfloat16}])
+@pytest.mark.parametrize(
+    "options", mostly_long([{}, {"factored": True}, {"mu_dtype": jnp.bfloat16}], [{}])
+)
 def test_the_state_decides_the_dtype_of_statistics_and_the_gradient_that_of_updates(
     options: dict[str, Any],
 ) -> None:
@@ -91,6 +97,7 @@ def test_the_state_decides_the_dtype_of_statistics_and_the_gradient_that_of_upda
     assert {leaf.dtype for leaf in jax.tree.leaves(applied)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
 def test_a_state_of_two_dtypes_gets_gradients_of_one_if_it_gets_the_parameters() -> None:
     params = {"narrow": jnp.asarray(KERNEL), "wide": jnp.ones((6, 4), jnp.float64)}

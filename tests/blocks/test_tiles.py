@@ -28,6 +28,7 @@ def trees_and_options(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], dict[str,
     }
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=2 * hypothesis.settings().max_examples)
 @hypothesis.given(trees_and_options())
 @hypothesis.example(([()], {"precondition_1d": True, "block_size": 4}))

@@ -133,7 +133,7 @@ class Matrices(NamedTuple):
     Attributes:
       shape: of each leaf.
       more_axes: of the finer mesh over which tiles are resharded a second time.
-      times: how many times its entries of the leaves a device may receive at most.
+      times: a device receives at most this number of times its entries of the leaves.
       block_size: the option of `scale_by_soap`.
     """
 
@@ -154,11 +154,11 @@ MATRICES: list[tuple[str, Matrices, list[Axes]]] = [
         Matrices((64, 16), 3, 1, 8),
         [Axes("8", AUTO), Axes("2x2x2", AUTO)],
     ),
-    # The first axis divides the rows of these tiles, and both axes together do not: devices that
-    # share the rows of a tile over the second axis gather them.
+    # The length of the first mesh axis divides the rows of these tiles, and the product of both
+    # lengths does not. Devices along the second axis all-gather the rows of a tile.
     ("tiles_of_12", Matrices((24, 48), 3, 2, 12), [Axes("4x2", AUTO)]),
     # Only a factor of the one mesh axis divides the rows of these tiles. That permutes the axis,
-    # once each way. Two devices gather rows that are sharded already.
+    # once each way. Two devices all-gather rows that are sharded already.
     ("tiles_of_12_by_rows", Matrices((24, 96), 5, 2, 12), [Axes("8", AUTO)]),
     ("tiles_of_12_by_columns", Matrices((96, 24), 4, 1, 12), [Axes("8", AUTO)]),
     # Only the last two axes of these tiles, 3x3x16x16, can be sharded.
@@ -218,7 +218,7 @@ def test_equal_matrices_are_resharded_once_each_way(
     received = received_in(program)
     # A reshard takes at most one collective for each axis of the mesh.
     assert 1 <= len(received) <= 2 * (len(mesh.axis_names) + matrices.more_axes), received
-    # Nothing is gathered in vain: a device receives at most as many entries of gradients or updates
+    # No all-gather is in vain: a device receives at most as many entries of gradients or updates
     # as it holds of the leaves and of the stack's padding, or twice that where tiles leave a rest.
     padding = stack.mu.size / (LEAVES * math.prod(matrices.shape))
     most = matrices.times * entries_on_a_device(mesh, leaves) * padding
@@ -277,7 +277,7 @@ def trees_of_a_large_leaf(names: Sequence[str]) -> Trees:
 
 
 def trees_of_a_large_leaf_with_a_hint(names: Sequence[str]) -> Trees:
-    """Large leaves whose updates XLA gathers unless their sharding is specified."""
+    """Large leaves whose updates XLA all-gathers unless their sharding is specified."""
     specs: list[Spec] = [(None, names)]
     if len(names) > 2:
         specs += [(names[0], names[-1]), (names[-1], names[0])]
@@ -288,7 +288,7 @@ class Limit(NamedTuple):
     """The most that a device may receive in one collective.
 
     Attributes:
-      times: how many times the entries that it holds of the leaves.
+      times: this number of times its entries of the leaves.
       blocks: or the number of blocks, where that is more.
     """
 

@@ -46,6 +46,7 @@ def test_a_prefix_a_tree_and_a_function_are_equal_to_one_sharding_for_all(hint: 
     assert program_with(hint) == program_with(ROWS)
 
 
+@pytest.mark.long
 def test_hints_for_some_parameters_change_no_update() -> None:
     hint = {"layers": {"query": ROWS, "out": NamedSharding(MESH, PartitionSpec())}, "bias": None}
     optimizer = soap_optax.soap(0.1, stack_sharding=STACKS, param_shardings=hint)
@@ -59,6 +60,7 @@ def test_hints_for_some_parameters_change_no_update() -> None:
             np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_it_covers_all_parameters_where_soap_has_some_of_them() -> None:
     hints = jax.tree.map(lambda _: ROWS, params())
     optimizer = optax.partition(
@@ -73,6 +75,7 @@ def test_it_covers_all_parameters_where_soap_has_some_of_them() -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(params())
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("wrap", ["masked", "partition"])
 def test_it_may_have_more_entries_than_a_mask_leaves(wrap: str) -> None:
     """Optax removes masked subtrees and leaves no trace of their leaves."""

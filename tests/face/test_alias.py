@@ -61,6 +61,7 @@ def test_soap_hands_every_argument_on_to_scale_by_soap(monkeypatch: pytest.Monke
     assert handed_on == defaults
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_soap_is_the_chain_of_its_three_parts_and_decays_what_the_mask_says() -> None:
     decay = 0.3
     mask = {"kernel": True, "frozen": False, "bias": False}

@@ -77,6 +77,7 @@ LONG_PAGES = [
 ]
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize(
     "page",
     [

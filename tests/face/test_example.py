@@ -31,7 +31,13 @@ def start(*arguments: object, **options) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=options.pop("stderr", subprocess.PIPE),
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUMPY_DTYPE_PROMOTION": "standard",  # AdamW and Flax promote implicitly.
+            "JAX_NUMPY_RANK_PROMOTION": "allow",
+        },
     )
 
 
@@ -74,6 +80,7 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, stdout, stderr
 
 
+@pytest.mark.long
 def test_metrics_have_a_finite_row_for_every_evaluation(both: tuple[Path, str, str]):
     rows = rows_of(both[0])
     assert list(rows[0]) == (
@@ -90,6 +97,7 @@ def test_metrics_have_a_finite_row_for_every_evaluation(both: tuple[Path, str, s
     assert len(rows) == 2 * (STEPS + 1)
 
 
+@pytest.mark.long
 def test_both_optimizers_start_from_the_same_weights_and_see_the_same_batches(
     both: tuple[Path, str, str],
 ):
@@ -103,6 +111,7 @@ def test_both_optimizers_start_from_the_same_weights_and_see_the_same_batches(
     assert soap[-1] != adamw[-1]
 
 
+@pytest.mark.long
 def test_both_optimizers_learn(both: tuple[Path, str, str]):
     rows = rows_of(both[0])
     for optimizer in ("soap", "adamw"):
@@ -112,10 +121,12 @@ def test_both_optimizers_learn(both: tuple[Path, str, str]):
         assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.long
 def test_the_curves_are_a_png(both: tuple[Path, str, str]):
     assert is_png(both[0] / "loss.png")
 
 
+@pytest.mark.long
 def test_soaps_diagnostics_are_written_at_every_evaluation_and_drawn(both: tuple[Path, str, str]):
     out, stdout, _ = both
     with (out / "diagnostics.csv").open(newline="") as file:
@@ -140,6 +151,7 @@ def test_soaps_diagnostics_are_written_at_every_evaluation_and_drawn(both: tuple
     assert f"SOAP adopted {adopted:.0f} bases and rejected 0; it rejected 0 gradients." in stdout
 
 
+@pytest.mark.long
 def test_the_closing_table_and_the_verdict_agree_with_the_metrics(both: tuple[Path, str, str]):
     out, stdout, _ = both
     lines = stdout.splitlines()
@@ -162,6 +174,7 @@ def test_the_closing_table_and_the_verdict_agree_with_the_metrics(both: tuple[Pa
     assert sum(line.startswith(verdict) for line in lines) == 1
 
 
+@pytest.mark.long
 def test_a_log_gets_a_line_for_each_evaluation_and_no_bar(both: tuple[Path, str, str]):
     _, stdout, stderr = both
     pattern = rf"^(SOAP|AdamW) +step +\d+ of {STEPS}  held-out loss \d\.\d{{3}}"

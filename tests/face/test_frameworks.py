@@ -277,6 +277,7 @@ def test_a_train_state_of_a_frozen_dict_equals_the_plain_dict() -> None:
     assert_equals_plain_run(linen_run())
 
 
+@pytest.mark.long
 def test_a_train_state_of_boxes_created_on_a_mesh_equals_the_plain_dict() -> None:
     assert_equals_plain_run(linen_run(mesh_of(1)))
 
@@ -421,6 +422,7 @@ def one_by_one(tree: Tree) -> Tree:
     }
 
 
+@pytest.mark.long
 def test_maxtexts_dimension_numbers_give_the_layers_and_experts_one_by_one() -> None:
     params, grads = draw_run(MAXTEXT_SHAPES)
     steps = run(params, grads, with_numbers(MAXTEXT_NUMBERS))

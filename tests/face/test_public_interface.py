@@ -100,6 +100,7 @@ def test_every_public_name_is_exported_once_and_documented() -> None:
             assert inspect.getdoc(getattr(soap_optax, name))
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("name", soap_optax.__all__)
 def test_examples_in_public_docstrings_run(name: str) -> None:
     examples = doctest.DocTestFinder(recurse=False).find(

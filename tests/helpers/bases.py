@@ -17,7 +17,7 @@ def factor_of(basis: np.ndarray, eigenvalues: np.ndarray) -> jax.Array:
 
 
 def near(basis: np.ndarray, distance: float, seed: int = 1) -> jax.Array:
-    """A basis that is turned away from another by a random rotation."""
+    """Another basis after a random rotation."""
     noise = distance * np.random.default_rng(seed).normal(size=basis.shape)
     return jnp.asarray(np.linalg.qr(basis + basis @ (noise - noise.T))[0], jnp.float32)
 

@@ -1,7 +1,7 @@
 """A small training run with checkpoints, in a process that can be killed and watched.
 
 Each process is forked from one that has imported everything and started nothing, which saves most
-of the time that it takes to start. JAX is started by `train`, on as many devices as it is told.
+of the time that it takes to start. `train` starts JAX with a given number of devices.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ OPTIMIZER = optax.chain(
 
 
 class Event(NamedTuple):
-    """What a process has to tell while it trains.
+    """A report of a process while it trains.
 
     Attributes:
       kind: "resumed", "stepped", "saving" (the save has begun) or "saved" (it is on the disk).
-      step: how many steps the state has behind it.
+      step: the number of steps of the state.
       digest: of every bit of the state that was resumed or stepped to.
     """
 
@@ -65,7 +65,7 @@ class Run:
         raise TimeoutError(f"no event in {LIMIT_IN_SECONDS} seconds")
 
     def until(self, kind: str, times: int) -> list[Event]:
-        """The events up to the one that is the last of so many of a kind."""
+        """The events up to the given number of events of one kind."""
         events = []
         for event in self:
             events.append(event)
@@ -120,20 +120,21 @@ def train(
 
     Args:
       directory: where the checkpoints are.
-      compiled: where compiled programs are kept for the processes to come.
-      events: what takes an `Event` whenever something has happened.
-      steps: how many steps the state has behind it in the end.
-      steps_per_checkpoint: how many steps there are from one checkpoint to the next.
-      devices: how many devices the CPU is to pose as. The batch is divided among them, and each
-        holds the whole state.
+      compiled: the cache of compiled programs that all processes share.
+      events: the end of the pipe to which each `Event` is sent.
+      steps: the number of steps of the state at the end.
+      steps_per_checkpoint: the number of steps from one checkpoint to the next.
+      devices: the number of simulated CPU devices. The batch is sharded over them, and the state is
+        replicated.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")  # Schedules of Optax need it.
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    divided = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
     jitted_step = jax.jit(_step, out_shardings=replicated)
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
@@ -147,7 +148,7 @@ def train(
         events.send(Event("resumed", first, _digest(state)))
         saving = first
         for step in range(first + 1, steps + 1):
-            state = jitted_step(state, jax.device_put(_batch(step), divided))
+            state = jitted_step(state, jax.device_put(_batch(step), sharded))
             events.send(Event("stepped", step, _digest(state)))
             if step % steps_per_checkpoint == 0 or step == steps:
                 manager.wait_until_finished()
@@ -172,7 +173,7 @@ def initial_state() -> dict[str, Any]:
 
 
 def target(initial_state: Callable[[], Any], sharding: jax.sharding.Sharding) -> Any:
-    """The shapes of what a function makes, and where it is to be, for Orbax."""
+    """The shapes and shardings of the state that a function makes, for Orbax."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(initial_state),
@@ -188,7 +189,7 @@ def _step(state: dict[str, Any], inputs: jax.Array) -> dict[str, Any]:
 def _loss(params: Any, inputs: jax.Array) -> jax.Array:
     outputs = inputs
     for layer in params:
-        outputs = jnp.tanh(outputs @ layer["kernel"] + layer["bias"])
+        outputs = jnp.tanh(outputs @ layer["kernel"] + layer["bias"][None, :])
     return jnp.mean((outputs - jnp.sin(3 * inputs)) ** 2)
 
 

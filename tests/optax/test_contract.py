@@ -22,6 +22,13 @@ import soap_optax
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def implicit_promotion_in_multi_steps(request: pytest.FixtureRequest) -> None:
+    """`optax.MultiSteps` promotes dtypes implicitly."""
+    if "gradient_accumulation" in request.node.name:
+        request.getfixturevalue("implicit_promotion")
+
+
 def clipped_soap(
     learning_rate: optax.ScalarOrSchedule, precondition_1d: bool = True
 ) -> optax.GradientTransformationExtraArgs:

@@ -136,6 +136,7 @@ def test_state_keeps_its_types_outside_jit_on_an_explicit_mesh() -> None:
         assert types(updates) == types(params)
 
 
+@pytest.mark.long
 def test_explicit_mesh_gives_the_single_device_run_from_one_program() -> None:
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
         params, optimizer = shard(draw(), mesh), soap(block_size=4)

@@ -42,7 +42,7 @@ def loss(params: Any, wrap: Callable[[Callable], Callable] = lambda layer: layer
 
     @wrap
     def hidden(x: jax.Array, mlp: Any) -> jax.Array:
-        return jnp.tanh(x @ mlp["kernel"] + mlp["bias"])
+        return jnp.tanh(x @ mlp["kernel"] + mlp["bias"][None, :])
 
     x = hidden(_TARGETS["x"] @ params["embed"]["embedding"], params["mlp"])
     return jnp.mean((x @ params["head"][0] - _TARGETS["y"]) ** 2)
@@ -104,6 +104,7 @@ def soap_state(state: Any) -> soap_optax.ScaleBySoapState:
 # chain --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_clipping_before_it_is_soap_of_clipped_gradients() -> None:
     grads = gradients()
     clip = optax.clip_by_global_norm(1.0)
@@ -182,6 +183,7 @@ def test_masked_soap_leaves_the_other_gradients_alone_and_has_no_state_of_them()
     assert not soap_state(state).adam
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("wrapper", ["partition", "multi_transform"])
 def test_partition_by_default_labels_is_each_optimizer_on_its_own_leaves(wrapper: str) -> None:
     parts = {"soap": soap(), "adamw": optax.adamw(3 * RATE)}
@@ -203,6 +205,7 @@ def test_partition_by_default_labels_is_each_optimizer_on_its_own_leaves(wrapper
 # Wrappers that hold gradients back ----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_multi_steps_is_soap_of_the_mean_gradient_in_every_kth_step() -> None:
     every, grads = 2, gradients(2 * STEPS)
     accumulated, state = run(optax.MultiSteps(soap(), every).gradient_transformation(), grads)
@@ -216,6 +219,7 @@ def test_multi_steps_is_soap_of_the_mean_gradient_in_every_kth_step() -> None:
     assert int(soap_state(state).count) == STEPS
 
 
+@pytest.mark.long
 def test_apply_if_finite_drops_a_bad_step_as_if_it_had_not_been() -> None:
     grads = gradients()
     bad = jax.tree.map(np.copy, grads[0])
@@ -282,6 +286,7 @@ def test_moving_average_of_parameters_is_carried_through_a_scan_beside_the_state
 # Learning rates that follow the loss --------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_reduce_on_plateau_scales_soaps_updates_once_the_loss_stays() -> None:
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
     optimizer = optax.chain(soap(weight_decay=0.0), plateau)
@@ -429,6 +434,7 @@ SAFE_AFTER_A_ZERO_UPDATE: dict[str, optax.GradientTransformation] = {
 }
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("name", SAFE_AFTER_A_ZERO_UPDATE)
 def test_a_zero_first_update_leaves_parameters_finite_in_transformations_after_it(
     name: str,

@@ -1,7 +1,7 @@
-"""Refreshes end, on any machine: see `soap_optax.basis` on decompositions under a conditional.
+"""Refreshes end on any machine: see `soap_optax.linalg.decompositions` on conditionals.
 
-A hang cannot be caught inside the process that hangs, and depends on how many threads the runtime
-and BLAS start, so that the refreshes run in a fresh process as a user would start it: with no
+A hang cannot be caught inside the process that hangs, and depends on the number of threads that the
+runtime and BLAS start. So the refreshes run in a fresh process, as a user would start it: with no
 variable set that changes the number of threads.
 """
 

@@ -59,17 +59,7 @@ SHAPES = {
     "kl of three axes": (6, 24, 8),
     "merged": (2, 24, 16),
 }
-SHORT = (
-    "defaults",
-    "cholesky_qr",
-    "eigh",
-    "jacobi",
-    "partial after",
-    "factored",
-    "tiles",
-    "layers",
-    "kl",
-)
+SHORT = ("defaults", "jacobi", "partial after", "factored", "tiles", "kl")
 
 
 def dead(shape: tuple[int, ...]) -> np.ndarray:
@@ -102,8 +92,14 @@ def updates_of(name: str, scale: float, dtype: Any, revived: bool = False) -> li
     return updates
 
 
-@pytest.mark.parametrize("scale", mostly_long([1.0, 1e-4, 1e4], [1.0]))
-@pytest.mark.parametrize("name", mostly_long(OPTIONS, SHORT))
+SCALED = [pytest.param(name, 1.0, id=name) for name in OPTIONS] + [
+    pytest.param(name, scale, id=f"{name}, {scale}")
+    for name in ("defaults", "jacobi", "factored")
+    for scale in (1e-4, 1e4)
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), mostly_long(SCALED, SHORT))
 def test_rows_and_columns_without_a_gradient_get_an_update_of_exactly_zero(
     name: str, scale: float
 ) -> None:
@@ -115,7 +111,7 @@ def test_rows_and_columns_without_a_gradient_get_an_update_of_exactly_zero(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", mostly_long(OPTIONS, ("defaults", "jacobi")))
+@pytest.mark.parametrize("name", mostly_long(OPTIONS, ("defaults",)))
 def test_a_row_moves_from_its_first_gradient_on_as_in_float64(name: str) -> None:
     if name == "bfloat16":
         pytest.skip("rounds by 4e-3")

@@ -201,6 +201,7 @@ def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() ->
         assert in_a_step[start : start + 6].sum() == 24
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize(
     "schedule",
     mostly_long(
@@ -212,7 +213,7 @@ def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() ->
                 "ever shorter": [max(1, 100 - count) for count in range(260)],
             }
         ),
-        short=["thinning", "ever shorter"],
+        short=["ever shorter"],
     ),
 )
 def test_no_staggered_block_is_forgotten_or_favoured_while_the_frequency_changes(

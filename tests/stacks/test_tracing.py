@@ -181,6 +181,7 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
     assert_close((stack(updates), state), plain_run())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     mostly_long([{}, {"factored": True}, {"refresh_order": "after_gradient"}], short=[{}]),
@@ -380,12 +381,13 @@ def operations_of(optimizer: optax.GradientTransformation, layers: int) -> colle
     return kinds
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_more_layers_add_nothing_to_the_program_but_the_way_to_their_blocks() -> None:
-    few, many = (operations_of(soap_optax.scale_by_soap(), layers) for layers in (4, 48))
+    few, many = (operations_of(soap_optax.scale_by_soap(), layers) for layers in (5, 48))
     # What costs a compiler its time is here: loops, conditionals, sorts, decompositions, products.
     for kind in ("while", "case", "sort", "custom_call", "dot_general", "lapack_sgeqrf_ffi"):
         assert few[kind] == many[kind] > 0
     moving = {"concatenate", "dynamic_slice", "index arithmetic", "reshape", "slice", "transpose"}
     assert {kind for kind in few | many if few[kind] != many[kind]} <= moving
-    adam_few, adam_many = (operations_of(optax.scale_by_adam(), layers) for layers in (4, 48))
+    adam_few, adam_many = (operations_of(optax.scale_by_adam(), layers) for layers in (5, 48))
     assert many.total() - few.total() < adam_many.total() - adam_few.total()

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax keeps every bit, a killed run loses nothing, and a misfit is told by its leaf.
+"""Checkpoints: Orbax restores every bit, a killed run loses nothing, errors name the leaf.
 
 Runs that are killed, or need a number of devices, are processes: see `checkpointed_run`.
 """
@@ -304,6 +304,7 @@ def test_a_checkpoint_of_another_layout_raises_with_its_version(tmp_path: pathli
             check_checkpoint(checkpoint, {"something": "else"})
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_the_state_of_an_nnx_optimizer_is_checked_as_any_other() -> None:
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     state = nnx.state(nnx.Optimizer(model, soap_optax.soap(1e-2), wrt=nnx.Param))
@@ -342,8 +343,8 @@ def digests(events: Iterable[Event]) -> dict[int, str]:
     return {event.step: event.digest for event in events if event.digest}
 
 
-# In turns: killed before the first step, which is compiled then; between two steps; while a
-# checkpoint is written; and once one has been. How many of these to wait for varies as well.
+# The event after which a run is killed: before the first step, which is compiled then; between two
+# steps; while a checkpoint is written; and once one has been. The number of events varies as well.
 KILLED_AFTER = [
     (kind, 1 if kind == "resumed" else times)
     for times in (1, 2, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""What `describe` tells before training: blocks, axes and bytes, as `init` makes them."""
+"""`describe` reports blocks, axes and bytes before training, as `init` makes them."""
 
 import inspect
 import itertools

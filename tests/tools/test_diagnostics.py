@@ -374,6 +374,7 @@ def test_a_state_of_stacks_or_of_adam_leaves_alone_will_do() -> None:
     ]
 
 
+@pytest.mark.long
 def test_the_state_of_an_nnx_optimizer_will_do() -> None:
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, SOAP, wrt=nnx.Param)

@@ -180,6 +180,7 @@ class LinenGPT(linen.Module):
         return linen.Dense(11, use_bias=False, name="lm_head")(linen.LayerNorm()(x))
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_a_linen_gpt_has_soap_for_the_kernels_of_its_blocks() -> None:
     params = jax.eval_shape(
         LinenGPT().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 5), jnp.int32)
@@ -271,6 +272,7 @@ def test_modules_that_are_pytrees_are_labelled_by_their_attributes() -> None:
     )
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_each_part_of_a_partition_is_updated_as_if_alone() -> None:
     params = {
         "soap": {"mlp": {"kernel": jnp.ones((4, 5))}},
@@ -319,6 +321,7 @@ class Perceptron(nnx.Module):
         return self.head(jnp.tanh(self.expand(x)))
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_an_nnx_model_trains_under_a_partition() -> None:
     model = Perceptron(nnx.Rngs(0))
     optimizer = nnx.Optimizer(

@@ -3,9 +3,9 @@
     pip install ".[tpu]"
     python tests/tpu/compile_decompositions.py --lengths 256 1024
 
-A row of the table says how long the compiler took, how many operations the program has, and how
-many bytes of code: for one QR, for a batch of them, and for the same under `lax.map`; then for
-every method of a refresh, of a stack of bases under `lax.map`.
+A row of the table has the compile time, the number of operations and the bytes of code of a
+program: one QR, a batch of them, the same under `lax.map`, and every refresh method for a stack of
+bases under `lax.map`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_for_pods.py")
 LIMIT_IN_SECONDS = 3600
+# The short suite disables most optimizations, which these programs are about.
+ENVIRONMENT = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 # libtpu prints warnings without a TPU and slows JAX down, so only the extra `tpu` installs it.
 pytestmark = [
@@ -28,7 +30,7 @@ pytestmark = [
 def test_every_decomposition_compiles_for_a_tpu() -> None:
     process = subprocess.run(
         [sys.executable, SCRIPT.with_name("compile_decompositions.py"), "--lengths", "128"],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=LIMIT_IN_SECONDS,
@@ -57,7 +59,7 @@ def test_a_training_step_compiles_for_a_pod_with_its_state_sharded_evenly(
     flags = ("--splits", split, "--models", model, "--pods", pod, "--optimizers", "SOAP")
     process = subprocess.run(
         [sys.executable, SCRIPT, *flags],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=LIMIT_IN_SECONDS,

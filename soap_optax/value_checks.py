@@ -37,10 +37,10 @@ def check_eps(name: str, value: Any) -> None:
     number = _number(value, f"{name} must be a positive number")
     if not _is_traced(number) and not _TINY <= _as_float32(number) < math.inf:
         raise ValueError(
-            f"{name} must be positive and finite as a normal float32, got {value}; it keeps an "
-            "entry that never had a gradient from becoming 0/0, and 1e-30 is as good as none; if "
-            "optax.inject_hyperparams rounded it to float16, as it does for parameters in float16, "
-            "pass it hyperparam_dtype=jnp.float32"
+            f"{name} must be positive and finite as a normal float32, got {value}; pass 1e-8, the "
+            "default, or 1e-30, which is as good as none: without it an entry that never had a "
+            "gradient would become 0/0; if optax.inject_hyperparams rounded it to float16, as it "
+            "does for parameters in float16, pass it hyperparam_dtype=jnp.float32"
         )
 
 
@@ -67,7 +67,7 @@ def check_mask(name: str, value: Any) -> None:
     if isinstance(value, (str, numbers.Number)) and not isinstance(value, bool):
         raise TypeError(
             f"{name} must be None, a tree of booleans that matches the parameters, or a function "
-            f"of the parameters that returns one, got {value!r}"
+            f"of the parameters that returns one, got {value!r}; None decays every parameter"
         )
 
 
@@ -142,7 +142,8 @@ def check_stack_sharding(name: str, value: Any, is_optional: bool = True) -> Non
     if value.mesh.explicit_axes and automatic:
         raise ValueError(
             f"{name} must name explicit axes only if its mesh has any, got {value.spec}, where "
-            f"{automatic[0]!r} is automatic; make all axes of one type, or name explicit axes only"
+            f"{automatic[0]!r} is automatic; leave automatic axes out, or give all axes of the "
+            "mesh the same type"
         )
     if value.memory_kind == "pinned_host":
         raise ValueError(
@@ -192,7 +193,8 @@ def check_precision(name: str, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} must be None or one that jax.lax.dot takes for both arrays, with the range of "
-            f"float32, such as 'highest' or jax.lax.Precision.HIGH, got {value!r}"
+            f"float32, got {value!r}; pass 'highest', jax.lax.Precision.HIGH, or None for the "
+            "platform's default"
         ) from error
 
 
@@ -232,11 +234,16 @@ def check_integer(
 ) -> None:
     """Raises unless `value` is an integer of at least `least`, and at most `most` if given."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
+        raise TypeError(
+            f"{name} must be an integer of at least {least}, got {value!r}; pass a Python integer"
+            + hint
+        )
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}; {way_out}")
     if most is not None and int(value) > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
+        raise ValueError(
+            f"{name} must be at most {most}, got {value}; lower it, {most} is in effect infinity"
+        )
 
 
 _TINY = np.finfo(np.float32).tiny
