@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.algorithm import RefreshMethod
+from soap_optax.algorithm import FactorEstimator, RefreshMethod
 from soap_optax.schedules import Frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.transform import scale_by_soap
@@ -34,6 +34,7 @@ STATIC_ARGS = (
     "factored",
     "preconditioner_dtype",
     "fold_factors",
+    "factor_estimator",
     "precision",
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
@@ -71,6 +72,7 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     factored: bool = False,
     preconditioner_dtype: DTypeLike | None = None,
     fold_factors: bool = False,
+    factor_estimator: FactorEstimator = "gram",
     precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP with decoupled weight decay: Adam in the eigenbasis of Shampoo's preconditioner.
@@ -143,6 +145,7 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
             factored=factored,
             preconditioner_dtype=preconditioner_dtype,
             fold_factors=fold_factors,
+            factor_estimator=factor_estimator,
             precision=precision,
         ),
         optax.add_decayed_weights(weight_decay, mask),

@@ -50,6 +50,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "stagger": value_checks.check_flag,
     "one_sided": value_checks.check_flag,
     "factored": value_checks.check_flag,
+    "factor_estimator": partial(value_checks.check_choice, choices=get_args(FactorEstimator)),
     "preconditioner_dtype": value_checks.check_dtype,
     "fold_factors": value_checks.check_flag,
     "precision": value_checks.check_precision,

@@ -45,6 +45,8 @@ class StackState(NamedTuple):
       refreshes: number of bases adopted so far, the first included, `(blocks,)`.
       rejected_refreshes: number of refreshes rejected because the new basis was not finite or not
         orthonormal, `(blocks,)`. The old basis stays.
+      eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, one for
+        each column of its basis, `(blocks, d)`; otherwise empty.
     """
 
     accepted_gradients: Array
@@ -56,6 +58,7 @@ class StackState(NamedTuple):
     age: Array
     refreshes: Array
     rejected_refreshes: Array
+    eigenvalues: tuple[Array, ...] = ()
 
 
 class AdamState(NamedTuple):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments, blocks, stacks
-from soap_optax.algorithm import RefreshMethod
+from soap_optax.algorithm import FactorEstimator, RefreshMethod
 from soap_optax.blocks import BlockOptions, Region
 from soap_optax.devices import Layout
 from soap_optax.options import StepOptions, Structure
@@ -48,6 +48,7 @@ def scale_by_soap(
     factored: bool = False,
     preconditioner_dtype: DTypeLike | None = None,
     fold_factors: bool = False,
+    factor_estimator: FactorEstimator = "gram",
     precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
@@ -151,9 +152,12 @@ def scale_by_soap(
         dtype. A factor in bfloat16 follows decays of up to 0.99; at larger decays, new gradients
         are rounded away.
       fold_factors: whether the symmetric factors are stored as one triangle.
+      factor_estimator: which matrix a gradient adds to a factor. ``"gram"``, the authors': its Gram
+        matrix. ``"kl"``: its Gram matrix, whitened by estimates of the other factors' eigenvalues,
+        as in KL-SOAP (Lin et al., 2025). The state then has these estimates as well.
       precision: precision of the products that rotate gradients and updates, as in `jax.lax.dot`.
         None means the default of the platform, or of ``jax.default_matmul_precision``. Factors and
-        refreshes always use the highest precision.
+        refreshes always use the highest precision, and so does a product that feeds a KL factor.
 
     Returns:
       A transformation whose state is a `ScaleBySoapState`.
@@ -168,6 +172,9 @@ def scale_by_soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024, Algorithm 3; the authors' code at
       `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
+
+      Lin et al., `Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization
+      <https://arxiv.org/abs/2509.03378>`_, 2025
     """
     arguments.check_transform(
         b1=b1,
@@ -194,6 +201,7 @@ def scale_by_soap(
         factored=factored,
         preconditioner_dtype=preconditioner_dtype,
         fold_factors=fold_factors,
+        factor_estimator=factor_estimator,
         precision=precision,
     )
     structure = Structure(
@@ -201,7 +209,9 @@ def scale_by_soap(
             max_precond_dim, precondition_1d, merge_dims, block_size, one_sided
         ),
         dimension_numbers=dimension_numbers,
-        storage=StorageOptions(mu_dtype, preconditioner_dtype, fold_factors, factored),
+        storage=StorageOptions(
+            mu_dtype, preconditioner_dtype, fold_factors, factored, factor_estimator
+        ),
         stack_sharding=stack_sharding,
         stack_multiple=stack_multiple,
         param_shardings=param_shardings,

@@ -7,6 +7,18 @@ meshes, or when a refresh is due.
 """
 
 from soap_optax.algorithm.eigenbasis import EigenbasisState, RefreshRule, refresh
+from soap_optax.algorithm.kl_factors import (
+    INITIAL_EIGENVALUE,
+    FactorEstimator,
+    Rotations,
+    average_eigenvalues,
+    inverse_roots,
+    is_whitenable,
+    kl_decay,
+    kl_gram_matrices,
+    rotations,
+    rotations_by_others,
+)
 from soap_optax.algorithm.refresh_methods import RefreshMethod
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
 from soap_optax.algorithm.step import (
@@ -22,17 +34,27 @@ from soap_optax.algorithm.step import (
 )
 
 __all__ = [
+    "INITIAL_EIGENVALUE",
     "EigenbasisState",
+    "FactorEstimator",
     "Hyperparameters",
     "RefreshMethod",
     "RefreshRule",
+    "Rotations",
     "adam_direction",
+    "average_eigenvalues",
     "average_factor",
     "average_moments",
     "bias_correction",
+    "inverse_roots",
     "is_acceptable",
+    "is_whitenable",
+    "kl_decay",
+    "kl_gram_matrices",
     "normalization",
     "refresh",
+    "rotations",
+    "rotations_by_others",
     "rounding_level",
     "second_moment_estimate",
     "step_block",

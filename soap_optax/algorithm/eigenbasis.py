@@ -48,6 +48,7 @@ class EigenbasisState(NamedTuple):
     age: Array
     refreshes: Array
     rejected_refreshes: Array
+    eigenvalues: tuple[Array, ...] = ()
 
 
 class RefreshedBases(NamedTuple):
@@ -58,12 +59,14 @@ class RefreshedBases(NamedTuple):
       mu: first moment, `(*block)`.
       nu: second moment, `(*block)`, or its marginals.
       skipped: whether bases and moments are the old ones, a boolean scalar.
+      eigenvalues: the eigenvalue estimates of KL factors, permuted with the columns, `(d,)` each.
     """
 
     bases: tuple[Array, ...]
     mu: Array
     nu: SecondMoment
     skipped: Array
+    eigenvalues: tuple[Array, ...]
 
 
 def refresh(
@@ -114,6 +117,7 @@ def adopt(
         bases=refreshed.bases,
         mu=refreshed.mu,
         nu=refreshed.nu,
+        eigenvalues=refreshed.eigenvalues,
         refreshes=state.refreshes + (~refreshed.skipped).astype(jnp.int32),
     )
     rejected = state._replace(rejected_refreshes=state.rejected_refreshes + 1)
@@ -148,7 +152,8 @@ def _later_bases(
 def _skip_refresh(
     state: EigenbasisState, _factors: Sequence[Array], _products: Sequence[Array]
 ) -> RefreshedBases:
-    return RefreshedBases(state.bases, state.mu, state.nu, _varying_flag(True, state))
+    skipped = _varying_flag(True, state)
+    return RefreshedBases(state.bases, state.mu, state.nu, skipped, state.eigenvalues)
 
 
 def _varying_flag(value: bool, state: EigenbasisState) -> Array:
@@ -174,14 +179,16 @@ def _refresh_partly(
     axes: Sequence[int], state: EigenbasisState, factors: Sequence[Array]
 ) -> RefreshedBases:
     """Rotates a quarter of the columns of each basis and leaves the others."""
-    bases, mu, nu = [], state.mu, state.nu
+    bases, permutations, mu, nu = [], [], state.mu, state.nu
     for axis, factor, basis in zip(axes, factors, state.bases, strict=True):
         starts = partial_refresh.scheduled_chunks(len(basis), state.refreshes)
         new = partial_refresh.rotate_chunks(factor, basis, starts)
         mu = partial_refresh.rotate_moment(mu, axis, starts, new.rotation)
         nu = second_moment.permute(nu, new.permutation, axis)
         bases.append(new.basis)
-    return RefreshedBases(tuple(bases), mu, nu, _varying_flag(False, state))
+        permutations.append(new.permutation)
+    eigenvalues = _permuted(state.eigenvalues, permutations)
+    return RefreshedBases(tuple(bases), mu, nu, _varying_flag(False, state), eigenvalues)
 
 
 def _with_moments(
@@ -190,7 +197,7 @@ def _with_moments(
     """Adds the moments in the coordinates of new bases.
 
     The first moment is a vector: it is rotated back from the old basis and into the new one. The
-    second moment belongs to columns and is permuted with them.
+    second moment and the eigenvalue estimates belong to columns and are permuted with them.
     """
     mu, nu = state.mu, state.nu
     for axis, old, new in zip(axes, state.bases, new_bases, strict=True):
@@ -198,7 +205,13 @@ def _with_moments(
         mu = multiply_along(new.basis.T, mu, axis, Precision.HIGHEST)
         nu = second_moment.permute(nu, new.permutation, axis)
     bases = tuple(new.basis for new in new_bases)
-    return RefreshedBases(bases, mu, nu, _varying_flag(False, state))
+    eigenvalues = _permuted(state.eigenvalues, [new.permutation for new in new_bases])
+    return RefreshedBases(bases, mu, nu, _varying_flag(False, state), eigenvalues)
+
+
+def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tuple[Array, ...]:
+    """The estimates of eigenvalues, permuted with the columns of each basis; none for `gram`."""
+    return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
 
 
 def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:

@@ -53,7 +53,12 @@ class Hyperparameters:
 
 
 def step_block(
-    grad: Array, accepted: Array, state: StackState, axes: Sequence[int], hyper: Hyperparameters
+    grad: Array,
+    accepted: Array,
+    state: StackState,
+    axes: Sequence[int],
+    hyper: Hyperparameters,
+    rotated_grad: Array | None = None,
 ) -> tuple[Array, StackState]:
     """Updates the moments by one gradient and returns the update.
 
@@ -67,13 +72,15 @@ def step_block(
       state: the block's state.
       axes: the preconditioned axes of the block, ascending.
       hyper: the numbers of the step.
+      rotated_grad: the gradient rotated into the eigenbasis, if the caller has it already.
 
     Returns:
       The update, `(*block)`, to be scaled by the (negative) learning rate, and the new state.
     """
     applied = accepted & (state.accepted_gradients > 0)
     bases = [basis.astype(grad.dtype) for basis in state.bases]
-    rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
+    if rotated_grad is None:
+        rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
     mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
     estimate = second_moment.estimate(nu)
     direction = adam_direction(without_rounding(mu, estimate), estimate, hyper)  # N'

@@ -10,6 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from soap_optax.algorithm import INITIAL_EIGENVALUE, FactorEstimator
 from soap_optax.blocks import Group, Plan
 from soap_optax.linalg import folded_shape
 from soap_optax.stacks.varying import vary_like
@@ -27,6 +28,7 @@ class StorageOptions:
     preconditioner_dtype: DTypeLike | None
     fold_factors: bool
     factored: bool
+    factor_estimator: FactorEstimator = "gram"
 
 
 def initial_state(
@@ -89,6 +91,7 @@ def _initial_stack(group: Group, storage: StorageOptions) -> StackState:
         nu = tuple(jnp.zeros((length, d), dtype) for d in group.block)
     else:
         nu = jnp.zeros((length, *group.block), dtype)
+    estimated_axes = axes if storage.factor_estimator == "kl" else []
     return StackState(
         accepted_gradients=jnp.zeros(length, jnp.int32),
         rejected_gradients=jnp.zeros(length, jnp.int32),
@@ -99,6 +102,7 @@ def _initial_stack(group: Group, storage: StorageOptions) -> StackState:
         age=jnp.zeros(length, jnp.int32),
         refreshes=jnp.zeros(length, jnp.int32),
         rejected_refreshes=jnp.zeros(length, jnp.int32),
+        eigenvalues=tuple(jnp.full((length, d), INITIAL_EIGENVALUE, dtype) for d in estimated_axes),
     )
 
 

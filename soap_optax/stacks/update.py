@@ -13,7 +13,7 @@ from soap_optax import algorithm
 from soap_optax.algorithm import Hyperparameters, RefreshRule
 from soap_optax.blocks import Group
 from soap_optax.devices import Layout
-from soap_optax.linalg import folded_like, gram_matrix
+from soap_optax.stacks import factors
 from soap_optax.stacks.refresh_gating import RefreshTiming, is_due, refresh_if_due, stagger_phases
 from soap_optax.stacks.varying import vary_like
 from soap_optax.state import StackState
@@ -79,40 +79,49 @@ def _update_blocks(
     stored factors: the parameters are the same. Padding accepts no gradient and counts none.
     """
     (grads, padding, phases, state), (hyper, timing, rule) = blocks, shared
-    stored = [array.dtype for array in (*state.factors, state.mu)]
     with jax.named_scope("step"):
-        acceptable = jax.vmap(partial(algorithm.is_acceptable, stored=stored))(grads)
+        acceptable = jax.vmap(factors.is_acceptable)(grads, state)
     accepted = acceptable & ~padding
     lengths = tuple(shape[axis] for axis in axes)
-
-    def average_factors(state: StackState) -> StackState:
-        average = partial(_average_factors, axes, hyper.shampoo_beta)
-        return state._replace(factors=jax.vmap(average)(grads, accepted, state.factors))
 
     before = state
     if timing.order == "after_gradient":
         with jax.named_scope("step"):
-            state = average_factors(state)
+            average = partial(_average_factors, axes, hyper)
+            state = state._replace(factors=jax.vmap(average)(grads, accepted, state))
     with jax.named_scope("refresh"):
         due = accepted & is_due(state, phases, timing)
         state = refresh_if_due(state, due, axes, lengths, rule)
     with jax.named_scope("step"):
-        step = partial(algorithm.step_block, axes=axes, hyper=hyper)
+        step = partial(_step_block, axes, hyper, timing.order == "before_gradient")
         updates, state = jax.vmap(step)(grads, accepted, state)
-        if timing.order == "before_gradient":
-            state = average_factors(state)
     rejected = before.rejected_gradients + (~acceptable).astype(jnp.int32)
     return updates, state._replace(rejected_gradients=rejected)
 
 
 def _average_factors(
-    axes: Sequence[int], beta: Array, grad: Array, accepted: Array, factors: Sequence[Array]
+    axes: Sequence[int], hyper: Hyperparameters, grad: Array, accepted: Array, state: StackState
 ) -> tuple[Array, ...]:
-    """Averages the Gram matrices of a block's gradient into its factors, in their storage."""
+    """Averages a gradient into the factors of its block before their refresh."""
+    by_others = factors.rotations_by_others(grad, state, axes)
+    return factors.average_factors(grad, accepted, state, by_others, axes, hyper.shampoo_beta)
 
-    def average(factor: Array, axis: int) -> Array:
-        gram = folded_like(factor, gram_matrix(grad, axis))
-        new = algorithm.average_factor(factor.astype(gram.dtype), gram, accepted, beta)
-        return new.astype(factor.dtype)
 
-    return tuple(map(average, factors, axes))
+def _step_block(
+    axes: Sequence[int],
+    hyper: Hyperparameters,
+    averages_factors: bool,
+    grad: Array,
+    accepted: Array,
+    state: StackState,
+) -> tuple[Array, StackState]:
+    """Takes a step with one block, and averages the gradient into its factors if asked to."""
+    beta = hyper.shampoo_beta
+    rotated = factors.rotations(grad, state, axes, hyper.precision)
+    by_others, whole = rotated or (None, None)
+    update, new = algorithm.step_block(grad, accepted, state, axes, hyper, whole)
+    if averages_factors:
+        averages = factors.average_factors(grad, accepted, state, by_others, axes, beta)
+        new = new._replace(factors=averages)
+    eigenvalues = factors.average_eigenvalues(accepted, state, rotated, axes, beta)
+    return update, new._replace(eigenvalues=eigenvalues)

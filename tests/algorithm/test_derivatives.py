@@ -68,6 +68,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {"factored": True, "precondition_frequency": 2},
     "one-sided": {"one_sided": True, "precondition_frequency": 2},
     "folded": {"fold_factors": True, "precondition_frequency": 2},
+    "kl": {"factor_estimator": "kl", "precondition_frequency": 1},
+    "kl after": {
+        "factor_estimator": "kl",
+        "precondition_frequency": 1,
+        "refresh_order": "after_gradient",
+    },
     "tolerance": {"refresh_tolerance": 0.01, "precondition_frequency": 1},
     "staggered": {"stagger": True, "precondition_frequency": 2},
 }

@@ -1,5 +1,6 @@
 """In which precision products are asked for, and in which dtype they are made."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -92,6 +93,20 @@ def test_one_sided_rotates_half_as_often() -> None:
     rotations, gram_matrices, of_refresh = precisions(jaxpr_of(precision="high", one_sided=True))
     assert rotations == [(Precision.HIGH, Precision.HIGH)] * 2
     assert gram_matrices == [HIGHEST]
+    assert set(of_refresh) == {HIGHEST}
+
+
+@pytest.mark.parametrize("order", ["before_gradient", "after_gradient"])
+def test_kl_factors_take_one_more_product_and_feed_on_none_below_the_highest_precision(
+    order: str,
+) -> None:
+    options: dict[str, Any] = {"factor_estimator": "kl", "refresh_order": order}
+    rotations, gram_matrices, of_refresh = precisions(jaxpr_of(precision="high", **options))
+    # The last product of the way there and two back have no part in a factor. After a refresh the
+    # gradient is rotated again.
+    halves = 2 if order == "before_gradient" else 4
+    assert collections.Counter(rotations) == {HIGHEST: halves, (Precision.HIGH,) * 2: 3}
+    assert gram_matrices == [HIGHEST] * 2
     assert set(of_refresh) == {HIGHEST}
 
 

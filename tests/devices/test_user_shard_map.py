@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "after_gradient": {"refresh_order": "after_gradient"},
     "stagger": {"stagger": True},
     "factored": {"factored": True, "normalize_grads": True},
+    "kl": {"factor_estimator": "kl"},
+    "kl after": {"factor_estimator": "kl", "refresh_order": "after_gradient"},
     "stored narrow": {"fold_factors": True, "preconditioner_dtype": jnp.bfloat16},
 }
 STEPS = 4

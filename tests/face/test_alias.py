@@ -41,6 +41,7 @@ def test_soap_hands_every_argument_on_to_scale_by_soap(monkeypatch: pytest.Monke
         "factored": True,
         "preconditioner_dtype": jnp.bfloat16,
         "fold_factors": True,
+        "factor_estimator": "kl",
         "precision": "highest",
     }
     parameters = inspect.signature(soap_optax.scale_by_soap).parameters

@@ -68,6 +68,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         "None skips none",
     ),
     (("refresh",), ["QR", "newton", ""], "must be one of 'qr', 'cholesky_qr', 'eigh'", ""),
+    (("factor_estimator",), ["KL", "shampoo", ""], "must be one of 'gram', 'kl', got", ""),
     (("refresh_order",), ["before", "qr"], "must be one of 'before_gradient', 'after_", ""),
     (
         ("precision",),
@@ -140,6 +141,7 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         "bfloat16",
     ),
     (("refresh",), [None, 3, True, b"qr", ("qr",)], "must be one of 'qr', 'cholesky_qr'", STATIC),
+    (("factor_estimator",), [None, 1, True, ("kl",)], "must be one of 'gram', 'kl', got", STATIC),
     (("refresh_order",), [None, True], "must be one of 'before_gradient'", STATIC),
     (
         ("refresh_tolerance",),
@@ -371,6 +373,7 @@ def test_options_cannot_be_given_by_position() -> None:
         "one_sided",
         "factored",
         "fold_factors",
+        "factor_estimator",
     ],
 )
 def test_traced_value_of_a_static_argument_raises_with_the_way_out(
@@ -610,6 +613,7 @@ MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "one side": (PARAMS, {"one_sided": True}, "stacks['4x3'].factors[0]"),
     "marginals": (PARAMS, {"factored": True}, "stacks['4x3'].nu"),
     "folded": (PARAMS, {"fold_factors": True}, "stacks['4x3'].factors[0]"),
+    "KL factors": (PARAMS, {"factor_estimator": "kl"}, "stacks['4x3'].eigenvalues[0]"),
 }
 
 
@@ -625,7 +629,14 @@ def test_a_state_of_another_model_raises_with_path_shapes_and_the_way_out(
     assert f"state.{path}" in message
     assert re.search(r"has shape .* and must have .*", message)
     causes = ("block_size", "max_precond_dim", "merge_dims", "precondition_1d")
-    for cause in (*causes, "one_sided", "factored", "fold_factors", "init again"):
+    for cause in (
+        *causes,
+        "one_sided",
+        "factored",
+        "fold_factors",
+        "factor_estimator",
+        "init again",
+    ):
         assert cause in message
 
 

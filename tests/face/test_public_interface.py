@@ -39,6 +39,7 @@ KEYWORD_ONLY = {
     "factored": False,
     "preconditioner_dtype": None,
     "fold_factors": False,
+    "factor_estimator": "gram",
     "precision": None,
 }
 REQUIRED = inspect.Parameter.empty
@@ -156,6 +157,7 @@ STATIC: dict[str, Any] = {
     "factored": True,
     "preconditioner_dtype": jnp.float32,
     "fold_factors": True,
+    "factor_estimator": "kl",
     "precision": "highest",
 }
 

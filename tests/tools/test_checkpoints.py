@@ -42,6 +42,7 @@ OPTIMIZERS = {
         preconditioner_dtype=jnp.bfloat16,
         fold_factors=True,
     ),
+    "KL factors": soap_optax.soap(1e-2, precondition_frequency=FREQUENCY, factor_estimator="kl"),
 }
 
 
@@ -222,6 +223,12 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
         "opt_state/0/stacks/6x4/factors/0 as (2, 6, 6) float32 where (2, 3, 7) float32 is "
         "expected (and 1 more, the last opt_state/0/stacks/6x4/factors/1 as (2, 4, 4) float32 "
         "where (2, 2, 5) float32 is expected)",
+    ),
+    "KL factors": (
+        lambda: training_state(kernels_and_bias(), factor_estimator="kl"),
+        "opt_state/0/stacks/6x4/eigenvalues/0 as nothing where (2, 6) float32 is expected "
+        "(and 1 more, the last opt_state/0/stacks/6x4/eigenvalues/1 as nothing where (2, 4) "
+        "float32 is expected)",
     ),
     "marginals of the second moment": (
         lambda: training_state(kernels_and_bias(), factored=True),

@@ -46,6 +46,7 @@ OPTIONS = {
     "merged": {"merge_dims": True, "max_precond_dim": 72},
     "merged tiles": {"merge_dims": True, "block_size": 6},
     "vectors too": {"precondition_1d": True, "block_size": 6},
+    "KL factors": {"factor_estimator": "kl", "max_precond_dim": 8},
     "narrow mu": {"mu_dtype": jnp.bfloat16, "block_size": 4},
     "least state": {
         "mu_dtype": jnp.bfloat16,
