@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, get_args
 
 from soap_optax import value_checks
-from soap_optax.algorithm import RefreshMethod
+from soap_optax.algorithm import FactorEstimator, RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 

@@ -424,6 +424,7 @@ def test_narrow_storage_follows_the_wide_one() -> None:
     assert np.sqrt(np.mean((wide - narrow) ** 2)) < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "order", mostly_long(["before_gradient", "after_gradient"], ["before_gradient"])
 )

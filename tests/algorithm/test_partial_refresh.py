@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bases import ROUNDING, factor_of, mass, near, random_basis
+from helpers.cases import mostly_long
 
 from soap_optax.algorithm import partial_refresh
 from soap_optax.linalg import orthonormality

@@ -238,6 +238,7 @@ def test_apply_if_finite_drops_a_bad_step_as_if_it_had_not_been() -> None:
 # Averages of parameters ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_schedule_free_soap_without_a_first_moment_learns() -> None:
     """`b1=0`: schedule-free averaging takes the place of the first moment."""
     optimizer = optax.contrib.schedule_free(
