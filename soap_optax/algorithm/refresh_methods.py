@@ -7,7 +7,7 @@ to columns and is permuted along with them.
 | method | new basis | cost beside `L Q` |
 | --- | --- | --- |
 | `qr` | one step of orthogonal iteration, `QR(L Q)`, as in the authors' code | a QR |
-| `cholesky_qr` | the same from a Cholesky decomposition, or a QR | a product, a Cholesky, a solve |
+| `cholesky_qr` | the same by two Cholesky passes, or a QR | 2 products, 2 Choleskys, 2 solves |
 | `eigh` | the factor's eigenvectors | an `eigh` |
 | `jacobi` | up to three sweeps of simultaneous Jacobi rotations | 4 products, then 5 a sweep |
 
