@@ -55,6 +55,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], Any, tuple[int, ...] | None]] = {
 }
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("with_numbers", "with_mask"),

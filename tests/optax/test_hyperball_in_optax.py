@@ -91,6 +91,7 @@ DIRECTIONS = {
 }
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("name", mostly_long(DIRECTIONS, ["soap", "muon"]))
 def test_any_direction_trains_at_constant_norm(name: str) -> None:
     schedule = optax.linear_schedule(RATE, 0.0, 80)
@@ -112,6 +113,7 @@ def test_any_direction_trains_at_constant_norm(name: str) -> None:
 # Wrappers.
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_multi_steps_moves_by_the_mean_gradient_in_every_second_step() -> None:
     grads = gradients()
     wrapped = optax.MultiSteps(soap_optax.hyperball(RATE), 2).gradient_transformation()
@@ -149,6 +151,7 @@ def test_masked_and_partitioned_parameters_move_as_on_their_own() -> None:
     assert norms(wanted[-1])[1] != pytest.approx(norms(PARAMS)[1], rel=1e-6)
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_injected_learning_rate_is_changed_between_steps_without_a_new_program() -> None:
     factory = optax.inject_hyperparams(soap_optax.hyperball)
     optimizer: Any = factory(learning_rate=RATE)

@@ -321,6 +321,7 @@ class Perceptron(nnx.Module):
         return self.head(jnp.tanh(self.expand(x)))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_an_nnx_model_trains_under_a_partition() -> None:
     model = Perceptron(nnx.Rngs(0))
