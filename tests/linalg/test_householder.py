@@ -108,4 +108,4 @@ def test_derivatives_equal_those_of_the_plain_decomposition() -> None:
     signs = np.sign(
         np.sum(decompositions.orthonormalize(matrix) * jnp.linalg.qr(matrix)[0], axis=0)
     )
-    np.testing.assert_allclose(found, wanted * signs, atol=1e-8 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted * signs[None, :], atol=1e-8 * np.abs(wanted).max())

@@ -33,7 +33,7 @@ def loss(params: Tree) -> jax.Array:
     """The error of a network whose layer is normalized, so that only directions matter."""
     hidden = _INPUTS @ params["embed"]["kernel"]
     hidden = hidden / jnp.sqrt(jnp.mean(hidden**2, axis=-1, keepdims=True))
-    outputs = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    outputs = hidden @ params["head"]["kernel"] + params["head"]["bias"][None, :]
     return jnp.mean((outputs - np.tanh(2 * _INPUTS[:, :3])) ** 2)
 
 
