@@ -281,7 +281,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written
         process = start("--optimizer", "soap", *arguments, *flags)
         _, stderr = process.communicate()
         assert process.returncode == 2
-        assert re.search(rf"^pretrain_lm\.py: error: .*{message}.*\n\Z", stderr)
+        # A thread of Orbax that removes old folders may add that the exit interrupted it.
+        assert re.search(rf"^pretrain_lm\.py: error: .*{message}.*\n", stderr)
     assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
 
 
