@@ -17,38 +17,40 @@ def jacobi_sweeps(factor: Array, basis: Array, product: Array) -> Array:
     `ENOUGH` leaves about the square of that mass, so no other sweep follows. Columns stay in place.
     """
 
-    def sweep(carry: tuple[Array, Array], number: Array) -> tuple[Array, Array]:
-        basis, first = carry
-        product = lax.cond(
-            number > 0,
-            lambda basis, _first: matmul(factor, basis),
-            lambda _basis, first: first,
-            basis,
-            first,
-        )
-        mass = off_diagonal_mass(product, basis)
-        step = rotation(rotation_angles(matmul(basis.T, product)))
-        return nearest_orthonormal(matmul(basis, step)), mass
-
     def sweep_unless_done(
         carry: tuple[Array, Array, Array], number: Array
     ) -> tuple[tuple[Array, Array, Array], None]:
-        basis, first, mass = carry
+        basis, product, mass = carry
+        # Not inside the other conditional: JAX 0.10 cannot `vmap` one in another in a `shard_map`.
+        product = lax.cond(
+            (mass > ENOUGH) & (number > 0),
+            lambda basis, _product: matmul(factor, basis),
+            lambda _basis, product: product,
+            basis,
+            product,
+        )
         basis, mass = lax.cond(
             mass > ENOUGH,
-            lambda basis, first, _mass: sweep((basis, first), number),
-            lambda basis, _first, mass: (basis, mass),
+            lambda basis, product, _mass: sweep(basis, product),
+            lambda basis, _product, mass: (basis, mass),
             basis,
-            first,
+            product,
             mass,
         )
-        return (basis, first, mass), None
+        return (basis, product, mass), None
 
     # Computed from an entry: in a `shard_map` it then varies over devices, as the masses do.
     unmeasured = jnp.full_like(product[0, 0], jnp.inf)
     # A loop of fixed length, unlike `lax.while_loop`, has a reverse mode.
     (basis, _, _), _ = lax.scan(sweep_unless_done, (basis, product, unmeasured), jnp.arange(SWEEPS))
     return basis
+
+
+def sweep(basis: Array, product: Array) -> tuple[Array, Array]:
+    """Rotates once; also returns the off-diagonal mass before. `product` is factor times basis."""
+    mass = off_diagonal_mass(product, basis)
+    step = rotation(rotation_angles(matmul(basis.T, product)))
+    return nearest_orthonormal(matmul(basis, step)), mass
 
 
 def rotation_angles(rotated: Array) -> Array:
