@@ -218,7 +218,9 @@ def _check_state(state: Any, leaves: list[_Leaf], measured: tuple[Array, ...]) -
 def _norms_in_force(state: HyperballState, measured: tuple[Array, ...]) -> tuple[Array, ...]:
     """The norms in the state; in the first update, the measured ones.
 
-    The weights may have been loaded after `init`, as training frameworks do.
+    The weights may have been loaded after `init`, as training frameworks do. A conditional would
+    save one pass over the weights, but both of its branches would need equal shardings and, in a
+    `shard_map`, equal varying axes.
     """
     is_first = state.count == 0
     return tuple(

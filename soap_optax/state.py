@@ -39,8 +39,8 @@ class StackState(NamedTuple):
       nu: second moment in the eigenbases' coordinates, `(blocks, *block)`; with ``factored`` its
         means over all axes but one, `(blocks, d)` for each axis of the block.
       bases: orthonormal eigenvectors of each factor as of the last refresh, `(blocks, d, d)`, the
-        identity before the first. Columns are sorted by descending eigenvalue; ``"jacobi"`` and
-        ``"partial"`` do not sort them.
+        identity before the first. The unit vectors of rows without a gradient come first, then the
+        other columns by descending eigenvalue; ``"jacobi"`` and ``"partial"`` do not sort them.
       age: number of updates applied since the last refresh was due, `(blocks,)`.
       refreshes: number of bases adopted so far, the first included, `(blocks,)`.
       rejected_refreshes: number of refreshes rejected because the new basis was not finite or not

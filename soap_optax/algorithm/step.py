@@ -154,7 +154,8 @@ def rounding_level(root: Array) -> Array:
     """The level up to which an entry of `root` may be a rounding error alone, a scalar.
 
     For gradients so small that the square of this level underflows, the level is 0. A sound entry
-    may then have a root of 0, and `eps` exceeds every root.
+    may then have a root of 0, and the default `eps` exceeds
+    every root.
 
     Args:
       root: the root of the second moment of a block, `(*block)`.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import kl_reference, reference, states
+from helpers import kl_reference, one_matrix, reference, states
 from helpers.cases import mostly_long, named
 
 import soap_optax
@@ -26,14 +26,8 @@ TOLERANCE = 1e-12
 
 
 def gradients(shape: reference.Shape, steps: int = STEPS) -> np.ndarray:
-    """Gradients whose directions have different sizes along every axis, `(steps, *shape)`."""
-    rng = np.random.default_rng(0)
-    grads = rng.normal(size=(steps, *shape))
-    for axis, length in enumerate(shape):
-        scale = 1.6 ** -np.arange(length).reshape([-1] + [1] * (len(shape) - axis - 1))
-        mixing, _ = np.linalg.qr(rng.normal(size=(length, length)))
-        grads = np.moveaxis(np.tensordot(grads * scale, mixing, (axis + 1, 0)), -1, axis + 1)
-    return grads
+    """Gradients whose eigenvalues lie less far apart than by default, `(steps, *shape)`."""
+    return one_matrix.gradients(steps, shape, ratio=1.6, dtype=float)
 
 
 def library_run(grads: np.ndarray, **options: Any) -> tuple[np.ndarray, soap_optax.StackState]:

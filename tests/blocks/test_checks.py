@@ -108,9 +108,7 @@ def test_a_state_of_two_dtypes_gets_gradients_of_one_if_it_gets_the_parameters()
 
 def test_a_float64_state_outside_of_x64_raises_with_the_way_out() -> None:
     optimizer = soap_optax.scale_by_soap()
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    state = optimizer.init({"kernel": jnp.ones((6, 4), jnp.float64)})
-    jax.config.update("jax_enable_x64", before)
+    with jax.enable_x64(True):
+        state = optimizer.init({"kernel": jnp.ones((6, 4), jnp.float64)})
     with pytest.raises(ValueError, match="jax_enable_x64 is off: it was made under"):
         optimizer.update({"kernel": jnp.asarray(KERNEL)}, state)

@@ -32,15 +32,20 @@ def step_of(**options: Any) -> Step:
     return step
 
 
-def gradients(count: int, shape: Sequence[int] = SHAPE) -> np.ndarray:
-    """Gradients with some directions larger than others, so that no two eigenvalues are close."""
+def gradients(
+    count: int, shape: Sequence[int] = SHAPE, ratio: float = 2.0, dtype: Any = np.float32
+) -> np.ndarray:
+    """Gradients whose directions along each axis differ in size by powers of `ratio`.
+
+    So no two eigenvalues are close. The shape is `(count, *shape)`.
+    """
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(count, *shape))
     for axis, length in enumerate(shape):
-        scale = 2.0 ** -np.arange(length).reshape([-1] + [1] * (len(shape) - axis - 1))
+        scale = ratio ** -np.arange(length).reshape([-1] + [1] * (len(shape) - axis - 1))
         mixing, _ = np.linalg.qr(rng.normal(size=(length, length)))
         grads = np.moveaxis(np.tensordot(grads * scale, mixing, (axis + 1, 0)), -1, axis + 1)
-    return grads.astype(np.float32)
+    return grads.astype(dtype)
 
 
 def run(grads: np.ndarray, state: State, frequency: int) -> tuple[np.ndarray, State]:
