@@ -14,13 +14,22 @@ from jax import Array, lax
 from jax.lax import Precision
 
 from soap_optax.algorithm import partial_refresh, second_moment
-from soap_optax.algorithm.refresh_methods import METHODS, NewBasis, RefreshMethod
+from soap_optax.algorithm.refresh_methods import (
+    METHODS,
+    FactorInBasis,
+    NewBasis,
+    RefreshMethod,
+    columns_in_place,
+)
 from soap_optax.linalg import (
+    decoupled_rows,
     descending_eigenvectors,
+    is_finite,
     is_orthonormal,
     matmul,
     multiply_along,
     off_diagonal_mass,
+    with_unit_vectors,
 )
 from soap_optax.state import SecondMoment
 
@@ -91,10 +100,20 @@ def refresh(
     wide = state._replace(
         bases=tuple(basis.astype(dtype) for basis in state.bases), mu=state.mu.astype(dtype)
     )
-    has_bases = state.refreshes > 0
-    refreshed = lax.cond(
-        has_bases, partial(_later_bases, axes, rule), partial(_first_bases, axes), wide, factors
-    )
+    if rule.method == "partial":
+        refreshed = _refresh_partly_or_first(axes, wide, factors)
+    elif rule.tolerance is None:
+        refreshed = _refresh_fully(axes, rule.method, wide, factors, None)
+    else:
+        products = _products(factors, wide.bases)
+        refreshed = lax.cond(
+            (state.refreshes > 0) & _are_near(wide.bases, products, rule.tolerance),
+            _skip_refresh,
+            partial(_refresh_fully, axes, rule.method),
+            wide,
+            factors,
+            products,
+        )
     return adopt(state, factors, refreshed)
 
 
@@ -110,7 +129,7 @@ def adopt(
     """
     sound = jnp.asarray(True)
     for factor, basis in zip(factors, refreshed.bases, strict=True):
-        sound &= jnp.all(jnp.isfinite(factor)) & is_orthonormal(basis)
+        sound &= is_finite(factor) & is_orthonormal(basis)
     sound |= refreshed.skipped
     state = state._replace(age=jnp.zeros_like(state.age))
     adopted = state._replace(
@@ -121,32 +140,18 @@ def adopt(
         refreshes=state.refreshes + (~refreshed.skipped).astype(jnp.int32),
     )
     rejected = state._replace(rejected_refreshes=state.rejected_refreshes + 1)
-    return jax.tree.map(
-        lambda new, old: jnp.where(sound, new.astype(old.dtype), old), adopted, rejected
-    )
+    adopted = jax.tree.map(lambda new, old: new.astype(old.dtype), adopted, rejected)
+    return lax.cond(sound, lambda new, _old: new, lambda _new, old: old, adopted, rejected)
 
 
-def _first_bases(
-    axes: Sequence[int], state: EigenbasisState, factors: Sequence[Array]
-) -> RefreshedBases:
-    """The exact eigenvectors of the factors."""
-    bases = _over_axes(descending_eigenvectors, factors)
-    return _with_moments(axes, state, [NewBasis(basis, jnp.arange(len(basis))) for basis in bases])
+def _products(factors: Sequence[Array], bases: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(map(matmul, factors, bases))  # L Q
 
 
-def _later_bases(
-    axes: Sequence[int], rule: RefreshRule, state: EigenbasisState, factors: Sequence[Array]
-) -> RefreshedBases:
-    """The bases after one refresh, unless their off-diagonal mass is within the tolerance."""
-    if rule.method == "partial":
-        return _refresh_partly(axes, state, factors)
-    products = tuple(map(matmul, factors, state.bases))  # L Q
-    refresh_fully = partial(_refresh_fully, axes, rule.method)
-    if rule.tolerance is None:
-        return refresh_fully(state, factors, products)
-    masses = map(off_diagonal_mass, products, state.bases)
-    is_near = jnp.all(jnp.stack(list(masses)) <= rule.tolerance)
-    return lax.cond(is_near, _skip_refresh, refresh_fully, state, factors, products)
+def _are_near(bases: Sequence[Array], products: Sequence[Array], tolerance: Array) -> Array:
+    """Whether the off-diagonal mass of every factor in its basis is within the tolerance."""
+    masses = map(off_diagonal_mass, products, bases)
+    return jnp.max(jnp.stack(list(masses))) <= tolerance
 
 
 def _skip_refresh(
@@ -170,9 +175,57 @@ def _refresh_fully(
     method: RefreshMethod,
     state: EigenbasisState,
     factors: Sequence[Array],
-    products: Sequence[Array],
+    products: Sequence[Array] | None,
 ) -> RefreshedBases:
-    return _with_moments(axes, state, _over_axes(METHODS[method], factors, state.bases, products))
+    """Bases by one refresh, or the first ones, and the moments in their coordinates.
+
+    Only the decompositions are in a conditional, so that all that follows is compiled once.
+    """
+    rows = tuple(map(decoupled_rows, factors, state.bases))
+    new_bases = lax.cond(
+        state.refreshes > 0,
+        partial(_later_bases, method),
+        lambda _bases, factors, rows, _products: _first_bases(factors, rows),
+        state.bases,
+        factors,
+        rows,
+        products,
+    )
+    return _with_moments(axes, state, new_bases, rows)
+
+
+def _first_bases(factors: Sequence[Array], rows: Sequence[Array]) -> list[NewBasis]:
+    """The exact eigenvectors of the factors."""
+    inputs = list(zip(factors, rows, strict=True))
+    bases = _over_axes(lambda one: descending_eigenvectors(*one), inputs)
+    return [NewBasis(basis, columns_in_place(basis)) for basis in bases]
+
+
+def _later_bases(
+    method: RefreshMethod,
+    bases: Sequence[Array],
+    factors: Sequence[Array],
+    rows: Sequence[Array],
+    products: Sequence[Array] | None,
+) -> list[NewBasis]:
+    """The bases after one refresh; computes the products of factors and bases if not given."""
+    products = _products(factors, bases) if products is None else products
+    inputs = list(map(FactorInBasis, factors, bases, products, rows))
+    return _over_axes(METHODS[method], inputs)
+
+
+def _refresh_partly_or_first(
+    axes: Sequence[int], state: EigenbasisState, factors: Sequence[Array]
+) -> RefreshedBases:
+    """Bases by one partial refresh, or the first ones, and the moments in their coordinates."""
+
+    def refresh_first(state: EigenbasisState, factors: Sequence[Array]) -> RefreshedBases:
+        rows = tuple(map(decoupled_rows, factors, state.bases))
+        return _with_moments(axes, state, _first_bases(factors, rows), rows)
+
+    return lax.cond(
+        state.refreshes > 0, partial(_refresh_partly, axes), refresh_first, state, factors
+    )
 
 
 def _refresh_partly(
@@ -192,21 +245,26 @@ def _refresh_partly(
 
 
 def _with_moments(
-    axes: Sequence[int], state: EigenbasisState, new_bases: Sequence[NewBasis]
+    axes: Sequence[int],
+    state: EigenbasisState,
+    new_bases: Sequence[NewBasis],
+    rows: Sequence[Array],
 ) -> RefreshedBases:
-    """Adds the moments in the coordinates of new bases.
+    """New bases with exact unit vectors of decoupled rows, and the moments in their coordinates.
 
     The first moment is a vector: it is rotated back from the old basis and into the new one. The
     second moment and the eigenvalue estimates belong to columns and are permuted with them.
     """
     mu, nu = state.mu, state.nu
-    for axis, old, new in zip(axes, state.bases, new_bases, strict=True):
+    bases = [
+        with_unit_vectors(new.basis, of_axis) for new, of_axis in zip(new_bases, rows, strict=True)
+    ]
+    for axis, old, basis, new in zip(axes, state.bases, bases, new_bases, strict=True):
         mu = multiply_along(old, mu, axis, Precision.HIGHEST)
-        mu = multiply_along(new.basis.T, mu, axis, Precision.HIGHEST)
+        mu = multiply_along(basis.T, mu, axis, Precision.HIGHEST)
         nu = second_moment.permute(nu, new.permutation, axis)
-    bases = tuple(new.basis for new in new_bases)
     eigenvalues = _permuted(state.eigenvalues, [new.permutation for new in new_bases])
-    return RefreshedBases(bases, mu, nu, _varying_flag(False, state), eigenvalues)
+    return RefreshedBases(tuple(bases), mu, nu, _varying_flag(False, state), eigenvalues)
 
 
 def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tuple[Array, ...]:
@@ -214,27 +272,27 @@ def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tu
     return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
 
 
-def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
-    """Calls a function for every axis of a block.
+def _over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
+    """Calls a function for every axis of a block, with the tree of arrays that is the axis' input.
 
     On accelerators, where decompositions compile slowly, axes of the same length share one program.
     On CPUs each axis has a program of its own.
     """
 
-    def each(*arguments: Sequence[Array]) -> list[Any]:
-        return [function(*of_axis) for of_axis in zip(*arguments, strict=True)]
+    def each(inputs: Sequence[Any]) -> list[Any]:
+        return [function(one) for one in inputs]
 
-    def by_length(*arguments: Sequence[Array]) -> list[Any]:
+    def by_length(inputs: Sequence[Any]) -> list[Any]:
         results: dict[int, Any] = {}
         for length in dict.fromkeys(lengths):
             equal = [axis for axis, other in enumerate(lengths) if other == length]
-            stacked = [jnp.stack([arrays[axis] for axis in equal]) for arrays in arguments]
-            mapped = lax.map(lambda one: function(*one), stacked)
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(inputs[i] for i in equal))
+            mapped = lax.map(function, stacked)
             for number, axis in enumerate(equal):
                 results[axis] = jax.tree.map(lambda array, number=number: array[number], mapped)
         return [results[axis] for axis in range(len(lengths))]
 
-    lengths = [len(array) for array in arguments[0]]
+    lengths = [len(jax.tree.leaves(one)[0]) for one in inputs]
     if len(set(lengths)) == len(lengths):
-        return each(*arguments)
-    return lax.platform_dependent(*arguments, cpu=each, default=by_length)
+        return each(inputs)
+    return lax.platform_dependent(inputs, cpu=each, default=by_length)

@@ -16,6 +16,7 @@ from soap_optax.linalg import (
     matmul,
     multiply_along,
     nearest_orthonormal,
+    with_unit_vectors,
     zero_rows,
 )
 
@@ -81,9 +82,9 @@ def rotate_chunks(factor: Array, basis: Array, starts: Array) -> PartlyNewBasis:
     columns = take_chunks(basis, 1, starts)
     rotated = matmul(columns.T, matmul(factor, columns))
     symmetric = (rotated + rotated.T) / 2
-    quotients = jnp.where(zero_rows(symmetric), jnp.inf, jnp.diagonal(symmetric))
-    descending = jnp.argsort(quotients, descending=True)
-    rotation = descending_eigenvectors(symmetric)
+    rows = zero_rows(symmetric)
+    descending = jnp.argsort(jnp.where(rows, -jnp.inf, -jnp.diagonal(symmetric)))
+    rotation = with_unit_vectors(descending_eigenvectors(symmetric, rows), rows)
     new = put_chunks(basis, 1, starts, matmul(columns, rotation))
     numbers = jnp.arange(len(basis))
     permutation = put_chunks(numbers, 0, starts, take_chunks(numbers, 0, starts)[descending])

@@ -1,8 +1,8 @@
 """The refresh methods: how a basis follows its factor, for one axis of one block.
 
-Each method takes the factor `L`, the basis `Q` and the product `L Q`, all `(d, d)`. It returns a
-new basis and a permutation: the old column that each new column succeeds. The second moment belongs
-to columns and is permuted along with them.
+Each method takes a factor in its basis. It returns a new basis and a permutation: the old column
+that each new column succeeds. The second moment belongs to columns and is permuted along with them.
+The unit vectors of decoupled rows come first. They have rounding errors, which the caller removes.
 
 | method | new basis | cost beside `L Q` |
 | --- | --- | --- |
@@ -23,16 +23,30 @@ from jax import Array, lax
 from soap_optax.algorithm.jacobi import jacobi_sweeps
 from soap_optax.linalg import (
     decoupled_columns,
-    decoupled_rows,
     descending_eigenvectors,
     is_orthonormal,
     orthonormalize,
     orthonormalize_by_cholesky,
     rayleigh_quotients,
-    with_unit_vectors,
 )
 
 RefreshMethod = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
+
+
+class FactorInBasis(NamedTuple):
+    """The factor of one axis and its basis before a refresh.
+
+    Attributes:
+      factor: the factor `L`, `(d, d)`.
+      basis: its basis `Q`, `(d, d)`.
+      product: `L Q`, `(d, d)`.
+      rows: the decoupled rows of the factor, `(d,)`.
+    """
+
+    factor: Array
+    basis: Array
+    product: Array
+    rows: Array
 
 
 class NewBasis(NamedTuple):
@@ -42,17 +56,17 @@ class NewBasis(NamedTuple):
     permutation: Array
 
 
-def orthogonal_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
+def orthogonal_iteration(axis: FactorInBasis) -> NewBasis:
     """One step of orthogonal iteration (Vyas et al., 2024, Algorithm 4).
 
     Columns are first sorted by their Rayleigh quotients, in descending order. A QR decomposition
     orthogonalizes each column against the columns before it, so an ascending sort would move away
     from the eigenbasis.
     """
-    return _orthogonalized(orthonormalize, factor, basis, product)
+    return _orthogonalized(orthonormalize, axis)
 
 
-def cholesky_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
+def cholesky_iteration(axis: FactorInBasis) -> NewBasis:
     """The same step by a Cholesky decomposition, or by a QR where the Cholesky basis fails."""
 
     def orthonormalize_fast(matrix: Array) -> Array:
@@ -65,59 +79,66 @@ def cholesky_iteration(factor: Array, basis: Array, product: Array) -> NewBasis:
             matrix,
         )
 
-    return _orthogonalized(orthonormalize_fast, factor, basis, product)
+    return _orthogonalized(orthonormalize_fast, axis)
 
 
-def _orthogonalized(
-    orthonormalize: Callable[[Array], Array], factor: Array, basis: Array, product: Array
-) -> NewBasis:
+def _orthogonalized(orthonormalize: Callable[[Array], Array], axis: FactorInBasis) -> NewBasis:
     """The columns of `L Q`, sorted and orthonormalized.
 
     The unit vectors of decoupled rows come first. So they are columns of the result, and all other
     columns are zero in these rows, even if columns of `L Q` vanish.
     """
-    rows = decoupled_rows(factor, basis)
+    _, basis, product, rows = axis
     columns = decoupled_columns(rows, basis)
     permutation = descending_permutation(product, basis, first=columns)
     # On CPUs, gathering rows is faster than gathering columns.
     sorted_columns = jnp.where(columns[None, :], basis, product).T[permutation].T
-    return NewBasis(with_unit_vectors(orthonormalize(sorted_columns), rows), permutation)
+    return NewBasis(orthonormalize(sorted_columns), permutation)
 
 
-def eigendecomposition(factor: Array, basis: Array, product: Array) -> NewBasis:
+def eigendecomposition(axis: FactorInBasis) -> NewBasis:
     """The eigenvectors: column `k` gets the eigenvector of the k-th largest eigenvalue."""
-    first = decoupled_columns(decoupled_rows(factor, basis), basis)
+    factor, basis, product, rows = axis
+    first = decoupled_columns(rows, basis)
     permutation = descending_permutation(product, basis, first)
-    return NewBasis(descending_eigenvectors(factor), permutation)
+    return NewBasis(descending_eigenvectors(factor, rows), permutation)
 
 
-def jacobi(factor: Array, basis: Array, product: Array) -> NewBasis:
+def jacobi(axis: FactorInBasis) -> NewBasis:
     """Up to three sweeps of simultaneous Jacobi rotations; columns stay in place."""
-    return NewBasis(jacobi_sweeps(factor, basis, product), jnp.arange(len(basis)))
+    basis = jacobi_sweeps(axis.factor, axis.basis, axis.product)
+    return NewBasis(basis, columns_in_place(basis))
+
+
+def columns_in_place(basis: Array) -> Array:
+    """The permutation that moves no column, `(d,)`.
+
+    In a `shard_map` it varies over devices as the basis does, so that both branches of a
+    conditional have the same type.
+    """
+    return jnp.arange(len(basis)) + jnp.zeros_like(basis[0], dtype=int)
 
 
 # Up to this length, an eigh on TPUs is faster than Jacobi sweeps: it is one operation there.
 ONE_OPERATION_ON_TPUS = 256
 
 
-def method_for_platform(factor: Array, basis: Array, product: Array) -> NewBasis:
+def method_for_platform(axis: FactorInBasis) -> NewBasis:
     """The method `auto`: chooses by platform and by the length of the axis.
 
     On CPUs a QR: no other method is faster for all factors, at any length. On TPUs an eigh for
     short axes, which is one operation there. Elsewhere Jacobi sweeps, which are matrix products.
     """
-    is_short = len(basis) <= ONE_OPERATION_ON_TPUS
+    is_short = len(axis.basis) <= ONE_OPERATION_ON_TPUS
     return lax.platform_dependent(
-        factor,
-        basis,
-        product,
+        axis,
         cpu=orthogonal_iteration,
         tpu=eigendecomposition if is_short else jacobi,
         default=jacobi,
     )
 
 
-METHODS: dict[str, Callable[[Array, Array, Array], NewBasis]] = {
+METHODS: dict[str, Callable[[FactorInBasis], NewBasis]] = {
     "qr": orthogonal_iteration,
     "cholesky_qr": cholesky_iteration,
     "eigh": eigendecomposition,
@@ -135,4 +156,4 @@ def descending_permutation(product: Array, basis: Array, first: Array) -> Array:
       first: the columns that come before all others, `(d,)`.
     """
     quotients = jnp.where(first, jnp.inf, rayleigh_quotients(product, basis))
-    return jnp.argsort(quotients, descending=True)
+    return jnp.argsort(-quotients)

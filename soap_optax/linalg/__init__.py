@@ -16,6 +16,7 @@ from soap_optax.linalg.decoupling import (
 )
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
+    is_finite,
     is_orthonormal,
     largest_magnitude,
     nearest_orthonormal,
@@ -33,6 +34,7 @@ __all__ = [
     "folded_like",
     "folded_shape",
     "gram_matrix",
+    "is_finite",
     "is_orthonormal",
     "largest_magnitude",
     "matmul",

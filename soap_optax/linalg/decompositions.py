@@ -14,7 +14,6 @@ from jax.custom_batching import sequential_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from soap_optax.linalg.decoupling import with_unit_vectors, zero_rows
 from soap_optax.linalg.derivatives import (
     derivative_of_eigenvectors,
     derivative_of_qr,
@@ -97,14 +96,18 @@ def _ascending_eigenvectors(matrix: Array) -> Array:
     return _eigh(matrix)
 
 
-def descending_eigenvectors(matrix: Array) -> Array:
+def descending_eigenvectors(matrix: Array, rows: Array) -> Array:
     """All eigenvectors of a symmetric positive matrix, columns by descending eigenvalue, `(d, d)`.
 
-    The eigenvectors of rows of zeros are unit vectors and come first.
+    Args:
+      matrix: the matrix, `(d, d)`.
+      rows: its rows of zeros, `(d,)`. Their eigenvectors come first. They are unit vectors up to
+        rounding errors, which `with_unit_vectors` removes.
     """
-    rows = zero_rows(matrix)
     # An eigenvalue of its own for each row of zeros, above the eigenvalues of all other rows.
     bound = lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(matrix), axis=0)))
-    values = jnp.where(bound > 0, bound, 1) * jnp.linspace(3, 2, len(matrix), dtype=matrix.dtype)
-    vectors = _ascending_eigenvectors(matrix + jnp.diag(jnp.where(rows, values, 0)))
-    return with_unit_vectors(vectors[:, ::-1], rows)
+    numbers = jnp.arange(len(matrix), dtype=matrix.dtype)
+    values = jnp.where(bound > 0, bound, 1) * (3 - numbers / len(matrix))
+    is_diagonal = jnp.eye(len(matrix), dtype=bool)
+    separated = jnp.where(rows[None, :] & is_diagonal, values[None, :], matrix)
+    return _ascending_eigenvectors(separated)[:, ::-1]

@@ -13,10 +13,20 @@ from soap_optax.linalg.products import gram_matrix, matmul
 def largest_magnitude(array: Array) -> Array:
     """The largest magnitude of all entries; NaN where an entry is NaN.
 
-    The test for NaN is explicit because XLA's maximum on CPUs ignores NaN from 4096 entries on
-    (jaxlib 0.10 to 0.12), and returns minus infinity where every entry is NaN.
+    The sum shows a NaN. XLA's maximum on CPUs ignores NaN from 4096 entries on (jaxlib 0.10 to
+    0.12), and returns minus infinity where every entry is NaN.
     """
-    return jnp.where(jnp.any(jnp.isnan(array)), jnp.nan, jnp.max(jnp.abs(array)))
+    magnitudes = jnp.abs(array)
+    return jnp.where(jnp.isnan(jnp.sum(magnitudes)), jnp.nan, jnp.max(magnitudes))
+
+
+def is_finite(matrix: Array) -> Array:
+    """Whether all entries are finite, of a matrix whose trace bounds them, as that of a factor.
+
+    The sum of all magnitudes is at most `d` times the trace. So their mean row sum overflows only
+    where the trace does.
+    """
+    return jnp.isfinite(jnp.sum(jnp.abs(matrix) / len(matrix)))
 
 
 def rayleigh_quotients(product: Array, basis: Array) -> Array:

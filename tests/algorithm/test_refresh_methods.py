@@ -17,7 +17,13 @@ from helpers.cases import mostly_long
 
 import soap_optax
 from soap_optax.algorithm import jacobi, refresh_methods
-from soap_optax.linalg import decompositions, matmul, orthonormality
+from soap_optax.linalg import (
+    decompositions,
+    decoupled_rows,
+    matmul,
+    orthonormality,
+    with_unit_vectors,
+)
 
 METHODS = [m for m in get_args(refresh_methods.RefreshMethod) if m != "auto"]  # One of these.
 FULL = tuple(refresh_methods.METHODS)
@@ -25,8 +31,13 @@ FULL = tuple(refresh_methods.METHODS)
 
 @functools.cache
 def refreshed_by(method: str) -> Callable[[Any, Any], refresh_methods.NewBasis]:
-    full = refresh_methods.METHODS[method]
-    return jax.jit(lambda factor, basis: full(factor, basis, matmul(factor, basis)))
+    def refresh(factor: jax.Array, basis: jax.Array) -> refresh_methods.NewBasis:
+        rows, product = decoupled_rows(factor, basis), matmul(factor, basis)
+        axis = refresh_methods.FactorInBasis(factor, basis, product, rows)
+        new = refresh_methods.METHODS[method](axis)
+        return new._replace(basis=with_unit_vectors(new.basis, rows))
+
+    return jax.jit(refresh)
 
 
 @pytest.mark.parametrize("d", [3, 40])
@@ -264,9 +275,10 @@ def test_every_method_rejects_a_refresh_from_a_non_finite_factor(
 def test_auto_chooses_by_platform_and_length(
     platform: str, length: int, decompositions: set[str]
 ) -> None:
-    matrix = jax.ShapeDtypeStruct((length, length), jnp.float32)
-    exported = jax.export.export(jax.jit(refresh_methods.METHODS["auto"]), platforms=[platform])(
-        matrix, matrix, matrix
-    )
+    matrix = jnp.zeros((length, length))
+    rows = jnp.zeros(length, bool)
+    axis = refresh_methods.FactorInBasis(matrix, matrix, matrix, rows)
+    method = jax.jit(refresh_methods.METHODS["auto"])
+    exported = jax.export.export(method, platforms=[platform])(axis)
     calls = re.findall(r"custom_call @(\w+)", exported.mlir_module())
     assert {call for call in calls if "sharding" not in call.lower()} == decompositions

@@ -32,7 +32,13 @@ from measure import FLOOR, Spread, spread_of
 from tqdm import tqdm
 
 from soap_optax.algorithm import partial_refresh, refresh_methods
-from soap_optax.linalg import decompositions, orthonormality, products
+from soap_optax.linalg import (
+    decoupled_rows,
+    descending_eigenvectors,
+    matmul,
+    orthonormality,
+    with_unit_vectors,
+)
 
 METHODS = ("qr", "cholesky_qr", "eigh", "jacobi", "partial")
 DECAY = 0.95**10  # of a factor, from one refresh to the next
@@ -66,7 +72,8 @@ def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Arra
         rotation = jnp.linalg.qr(jax.random.normal(rotation_key, (length, length)))[0]
         old = average(old_key, 4)
         new = DECAY * old + (1 - DECAY) * average(new_key, 2)
-        basis = decompositions.descending_eigenvectors(rotation @ old @ rotation.T)
+        no_rows = jnp.zeros(length, bool)
+        basis = descending_eigenvectors(rotation @ old @ rotation.T, no_rows)
         return rotation @ new @ rotation.T, basis
 
     return lax.map(one, jax.random.split(key, blocks))
@@ -77,7 +84,9 @@ def refresh(method: str, factor: Array, basis: Array) -> Array:
     if method == "partial":
         starts = partial_refresh.scheduled_chunks(len(basis), jnp.int32(0))
         return partial_refresh.rotate_chunks(factor, basis, starts).basis
-    return refresh_methods.METHODS[method](factor, basis, products.matmul(factor, basis)).basis
+    rows = decoupled_rows(factor, basis)
+    axis = refresh_methods.FactorInBasis(factor, basis, matmul(factor, basis), rows)
+    return with_unit_vectors(refresh_methods.METHODS[method](axis).basis, rows)
 
 
 def contenders() -> dict[str, Callable[[Array, Array], Array]]:

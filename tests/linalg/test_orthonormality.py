@@ -14,6 +14,7 @@ from soap_optax.linalg import orthonormality
 # On CPUs, the maxima of optimized programs ignore NaN.
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 
+is_finite = jax.jit(orthonormality.is_finite)
 is_orthonormal = jax.jit(orthonormality.is_orthonormal)
 nearest_orthonormal = jax.jit(orthonormality.nearest_orthonormal)
 largest_magnitude = jax.jit(orthonormality.largest_magnitude)
@@ -44,6 +45,16 @@ def test_the_largest_magnitude_of_any_number_of_entries_shows_a_nan(size: int, d
     for spoiled in (array.at[0].set(jnp.nan), array.at[-1].set(jnp.nan), array * jnp.nan):
         assert jnp.isnan(largest_magnitude(spoiled))
         assert largest_magnitude(spoiled).dtype == dtype
+
+
+@pytest.mark.parametrize("d", mostly_long([1, 8, 100], short=[8, 100]))
+def test_a_factor_is_finite_up_to_the_largest_trace_of_accepted_gradients(d: int) -> None:
+    # Gradients whose sum of squares is a quarter of the largest number; all rows are equal.
+    factor = jnp.full((d, d), float(jnp.finfo(jnp.float32).max) / 4 / d)
+    assert is_finite(factor)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not is_finite(factor.at[-1, 0].set(value))
+        assert not is_finite(jnp.full_like(factor, value))
 
 
 def test_a_large_factor_or_basis_with_a_nan_has_no_off_diagonal_mass() -> None:

@@ -272,7 +272,7 @@ def step_with_failing_refresh() -> Step:
             patch.setattr(update, "refresh_if_due", unjitted)
             patch.setattr(refresh_methods, "orthonormalize", lambda matrix: spoil(sound_qr(matrix)))
             patch.setattr(
-                eigenbasis, "descending_eigenvectors", lambda factor: spoil(sound_eigh(factor))
+                eigenbasis, "descending_eigenvectors", lambda *inputs: spoil(sound_eigh(*inputs))
             )
             optimizer = soap_optax.scale_by_soap(precondition_frequency=frequency)
             return optimizer.update(grads, state)

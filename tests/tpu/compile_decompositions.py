@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from soap_optax.algorithm import partial_refresh, refresh_methods
+from soap_optax.linalg import decoupled_rows, with_unit_vectors
 
 Program = tuple[str, Callable[[jax.Array], jax.Array], tuple[int, ...]]
 
@@ -46,7 +47,9 @@ def refresh(method: str, matrix: jax.Array) -> jax.Array:
     if method == "partial":
         starts = partial_refresh.scheduled_chunks(len(basis), jnp.int32(0))
         return partial_refresh.rotate_chunks(factor, basis, starts).basis
-    return refresh_methods.METHODS[method](factor, basis, factor).basis
+    rows = decoupled_rows(factor, basis)
+    axis = refresh_methods.FactorInBasis(factor, basis, factor, rows)
+    return with_unit_vectors(refresh_methods.METHODS[method](axis).basis, rows)
 
 
 def methods(batch: int, d: int) -> Iterator[Program]:
