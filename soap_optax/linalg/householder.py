@@ -17,9 +17,14 @@ from jax import Array, lax
 
 from soap_optax.linalg.products import matmul
 
-# The number of panels. Six run as fast up to a length of 1024 and a tenth faster at 2048, but each
-# adds a fifth of a second of compile time.
-PANELS = 4
+
+def panels_of(length: int) -> int:
+    """The number of panels.
+
+    Each adds a fifth of a second of compile time. Six are a sixth faster than four at a length of
+    2048, and no faster up to 1024.
+    """
+    return 4 if length < 1536 else 6
 
 
 class Reflections(NamedTuple):
@@ -39,7 +44,7 @@ def q_from_panels(matrix: Array) -> Array:
 
     Columns are stored as rows of the transpose: a panel is then contiguous, in LAPACK's layout.
     """
-    width = -(-len(matrix) // PANELS)
+    width = -(-len(matrix) // panels_of(len(matrix)))
     rest, reflections = matrix.T, []
     while rest.size:
         reflections.append(_reflections_of(rest[:width]))
