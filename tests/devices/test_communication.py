@@ -319,9 +319,13 @@ SHORT |= {
 }
 
 
+# Whether shardings are specified: both on one mesh, and the types say it on explicit axes.
+SPECIFIED = {"4x2-auto": [False, True], "4x2-explicit": [False]}
+
+
 def cases_of_other_leaves() -> Iterator[Any]:
     for axes in MESHES_OF_EIGHT:
-        for specified in (False, True) if axes.kind == AUTO else (False,):
+        for specified in SPECIFIED.get(str(axes), [True]):
             for name, trees, limit, options, needs_hint in OTHERS:
                 if needs_hint and not specified and axes.kind == AUTO:
                     continue

@@ -46,6 +46,7 @@ def start(count: int, out: Path, compiled: Path, *flags: str) -> list[subprocess
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # All processes compile the same programs.
         "NPROC": "16",  # As in tests/conftest.py.
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -24,20 +24,21 @@ from soap_optax.algorithm import RefreshMethod
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# Leaves by name: their number, shape and sharding on a mesh 4x2. Singular factors come from a
+# Leaves by name: their number, shape and sharding on a mesh 4x2. The fewer block shapes they have,
+# the faster a program compiles. Singular factors come from a
 # single gradient and have the same bits everywhere.
 LEAVES: dict[str, tuple[int, tuple[int, ...], PartitionSpec]] = {
     "query": (3, (8, 8), PartitionSpec("x", "y")),
     "out": (2, (8, 8), PartitionSpec("y", "x")),
     "up": (1, (8, 16), PartitionSpec(None, ("x", "y"))),
     "layers": (2, (8, 8, 6), PartitionSpec(("x", "y"))),
-    "experts": (1, (4, 8, 4), PartitionSpec("x", None, "y")),
+    "experts": (1, (4, 8, 6), PartitionSpec("x", None, "y")),
     # With the sharding of the state, over both axes and over one.
     "stacked": (1, (8, 6, 8), PartitionSpec(("x", "y"))),
     "stacked in part": (1, (16, 6, 4), PartitionSpec("x")),
     "embedding": (1, (1024, 64), PartitionSpec(("x", "y"))),
     "vector": (2, (8,), PartitionSpec("x")),
-    "replicated": (1, (6, 6), PartitionSpec()),
+    "replicated": (1, (8, 8), PartitionSpec()),
     "scalar": (1, (), PartitionSpec()),
 }
 DIMENSION_NUMBERS = {
