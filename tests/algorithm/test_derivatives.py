@@ -1,4 +1,4 @@
-"""Derivatives of training runs: the bases move with the gradients that they come from."""
+"""Derivatives of training runs: they pass through the bases, which depend on the gradients."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from helpers.one_matrix import gradients
 
 import soap_optax
 
-# The derivatives are compared with differences of optimized programs, which round less.
+# The finite differences come from optimized programs, which round less.
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -48,8 +48,8 @@ def test_forward_and_reverse_derivatives_agree_and_are_finite_from_the_first_cal
     np.testing.assert_allclose(forward, reverse, rtol=1e-9)
 
 
-# A linear regression, trained by SOAP: the loss after training depends on the learning rate, on a
-# penalty, and on the scale of the initial parameters.
+# A linear regression, trained by SOAP. The loss after training depends on three numbers: the
+# learning rate, a penalty, and the scale of the initial parameters.
 
 RNG = np.random.default_rng(0)
 INPUTS, TARGETS, START = (RNG.normal(size=shape) for shape in ((20, 4), (20, 3), (4, 3)))
@@ -103,7 +103,7 @@ def loss_after_training(name: str, steps: int, batches: bool, theta: jax.Array) 
 
 
 def difference(function: Any, number: int, h: float) -> float:
-    """A central difference, whose error of second order is removed by one at half the distance."""
+    """A central difference; one at half the distance removes its second-order error."""
     step = np.zeros(3)
     step[number] = h
 
@@ -132,16 +132,16 @@ def test_derivatives_through_training_equal_differences_in_which_bases_move(
     found = np.asarray(jax.jit(jax.grad(train))(THETA))
     function = jax.jit(train)
     wanted = np.array([difference(function, number, 1e-5) for number in range(3)])
-    # The differences' own error: 1e-16 of the loss over 1e-5, and 1e-20 from the fourth derivative,
-    # amplified by the sizes of the derivatives. Bases as constants gave derivatives of 52,016 in
-    # place of 0.002.
+    # The differences have errors of 1e-16 of the loss over 1e-5, and of 1e-20 from the fourth
+    # derivative. The sizes of the derivatives amplify both. Constant bases gave derivatives of
+    # 52,016 instead of 0.002.
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("refresh", mostly_long(["qr", "eigh", "jacobi"], ["qr"]))
 def test_derivatives_are_finite_where_rows_have_no_gradient(refresh: Any) -> None:
-    """Rows of zeros share an eigenvalue, and some of their angles are zero."""
+    """Rows of zeros share an eigenvalue, and some of their Jacobi angles are zero."""
     optimizer = soap_optax.scale_by_soap(refresh=refresh, precondition_frequency=1)
     dead = np.arange(6) % 2 == 0
 

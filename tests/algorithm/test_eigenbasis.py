@@ -1,4 +1,4 @@
-"""Eigenbases: changes of coordinates, refreshes, and what moves with the columns."""
+"""Eigenbases: rotations, refreshes, and the moments that follow the columns."""
 
 import math
 
@@ -47,8 +47,8 @@ def test_bases_are_orthonormal_after_any_number_of_refreshes(frequency: int) -> 
         for q in map(np.asarray, bases)
     ]
     assert refreshes.tolist() == [math.ceil(199 / frequency)]
-    # A Householder QR or eigh is orthonormal to a few roundings per column, 6 columns times the
-    # epsilon of 1.2e-7, and a refresh starts afresh: nothing adds up over the steps.
+    # A Householder QR or eigh is orthonormal to a few roundings per column: 6 columns times the
+    # epsilon of 1.2e-7. Every refresh computes a new basis, so that errors do not add up.
     assert max(departures) <= 2 * 6 * 1.2e-7
 
 
@@ -90,7 +90,7 @@ def test_columns_may_be_permuted_with_their_moments() -> None:
         mu=stack.mu[:, rows][:, :, columns],
         nu=stack.nu[:, rows][:, :, columns],
     )
-    # Two plain steps, then refreshes, which put the columns back in order by their eigenvalues.
+    # Two plain steps, then refreshes, which sort the columns by their eigenvalues again.
     wanted, wanted_state = run(grads[5:], state, 3)
     found, found_state = run(grads[5:], permuted, 3)
     assert wanted_state.stacks[NAME].refreshes.tolist() == [4]
@@ -101,7 +101,7 @@ def test_columns_may_be_permuted_with_their_moments() -> None:
         rtol=0,
         atol=UPDATE_TOLERANCE,
     )
-    # Moments that stay where they were belong to the wrong columns, which is seen.
+    # An unpermuted second moment belongs to the wrong columns. The updates show it.
     wrong, _ = run(grads[5:], replace_in_stack(permuted, nu=stack.nu), 3)
     assert np.abs(wrong - wanted).max() > 0.1
 
@@ -124,7 +124,7 @@ def test_columns_may_change_their_signs_with_the_first_moment() -> None:
 
 
 def test_a_refresh_permutes_the_second_moment_and_rotates_the_first() -> None:
-    # Eigenvectors are the unit vectors already, in ascending order: a refresh reverses them.
+    # The unit vectors are the eigenvectors, by ascending eigenvalue. A refresh reverses them.
     nu = np.arange(1, 25, dtype=np.float32).reshape(1, 6, 4)
     mu = np.sin(nu)
     state = replace_in_stack(
@@ -139,7 +139,7 @@ def test_a_refresh_permutes_the_second_moment_and_rotates_the_first() -> None:
     _, refreshed = step_of()(jnp.zeros(SHAPE), state, 3)
     stack = refreshed.stacks[NAME]
     assert stack.refreshes.tolist() == [2]
-    # The zero gradient decays both moments once; a product with a signed permutation is exact, a
+    # The zero gradient decays both moments once. A product with a signed permutation is exact. A
     # decay rounds once, by 6e-8 of its value.
     np.testing.assert_allclose(stack.nu, B2 * nu[:, ::-1, ::-1], rtol=1e-6)
     bases = [q[0] for q in stack.bases]
@@ -163,13 +163,13 @@ def test_basis_comes_nearer_to_the_eigenvectors_of_a_still_factor_with_every_ref
         refreshes=jnp.array([1]),
     )
     departures, rotated = [], np.zeros(0)
-    for _ in range(21):  # The first is not due yet; zero gradients keep the factors' directions.
+    for _ in range(21):  # The first step refreshes nothing; zero gradients keep the eigenvectors.
         _, state = step_of()(jnp.zeros(SHAPE), state, 1)
         basis = np.asarray(state.stacks[NAME].bases[0][0], np.float64)
         rotated = basis.T @ factors[0] @ basis
         departures.append(np.linalg.norm(rotated - np.diag(np.diag(rotated))))
-    # Neighbouring eigenvalues differ by a factor of 2, and so do the departures after successive
-    # refreshes in the long run; 1e-5 is the rounding of a factor of norm 1.2.
+    # Neighbouring eigenvalues differ by a factor of 2. In the long run, each refresh therefore
+    # halves the departure. 1e-5 is the rounding of a factor of norm 1.2.
     assert departures[0] > 0.1
     assert departures[10] < departures[5] < departures[0]
     assert departures[20] < 1e-5 + departures[0] * 2.0**-10

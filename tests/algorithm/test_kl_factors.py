@@ -1,7 +1,7 @@
 """KL factors against an independent reference in NumPy, and by identities.
 
-The first factors of the runs are made full rank on both sides, because rounding decides the basis
-of a null space (see `test_reference_agreement`).
+Both sides start from factors of full rank, because rounding decides the basis of a null space (see
+`test_reference_agreement`).
 """
 
 import functools
@@ -19,14 +19,14 @@ from soap_optax import algorithm
 
 STEPS = 60
 SHAPES: dict[str, reference.Shape] = {"square": (6, 6), "tall": (9, 4), "wide": (4, 9)}
-# Updates are of size 1. They differ by rounding, 1e-16, times the condition of the factors, over
-# the gaps between their eigenvalues. The scales of `gradients` keep eigenvalues apart. The largest
+# Updates are of size 1. Their error is rounding, 1e-16, times the condition number of the factors,
+# over the gaps between eigenvalues. The scales of `gradients` keep eigenvalues apart. The largest
 # difference seen is 2e-14.
 TOLERANCE = 1e-12
 
 
 def gradients(shape: reference.Shape, steps: int = STEPS) -> np.ndarray:
-    """Gradients whose eigenvalues lie less far apart than by default, `(steps, *shape)`."""
+    """Gradients, `(steps, *shape)`, whose factors have closer eigenvalues than by default."""
     return one_matrix.gradients(steps, shape, ratio=1.6, dtype=float)
 
 
@@ -78,7 +78,7 @@ def test_kl_soap_equals_the_reference_for_sixty_steps(
     np.testing.assert_allclose(directions, expected, rtol=0, atol=TOLERANCE)
     for axis, factor in state.leaf.factors.items():
         np.testing.assert_allclose(stack.factors[axis][0], factor, rtol=0, atol=TOLERANCE)
-        # The reference refreshes at the end of a step, which may permute them.
+        # The reference refreshes at the end of a step. A refresh may permute the columns.
         found, wanted = np.sort(stack.eigenvalues[axis][0]), np.sort(state.eigenvalues[axis])
         np.testing.assert_allclose(found, wanted, rtol=TOLERANCE)
 
@@ -113,7 +113,7 @@ def test_kl_soap_equals_the_reference_with_every_option(name: str, frequency: in
     options = {"precondition_frequency": frequency, **options}
     directions, _ = library_run(grads, **options)
     expected, _ = reference_run(grads, **options)
-    # `eigh` gives the columns of nearly equal eigenvalues by their order, so they are no closer.
+    # `eigh` separates the columns of nearly equal eigenvalues less precisely than other columns.
     np.testing.assert_allclose(directions, expected, rtol=0, atol=10 * TOLERANCE)
 
 
@@ -214,7 +214,7 @@ def test_kl_factors_of_kronecker_gradients_have_the_true_eigenvectors_and_produc
     bases = [jnp.asarray(vectors) for _, vectors in true]
     estimates = tuple(jnp.full(d, algorithm.INITIAL_EIGENVALUE) for d in (4, 3))
     zero = jnp.asarray(0.0)
-    for _ in range(3):  # Each round averages over all gradients; the fixed point is reached in one.
+    for _ in range(3):  # Each round averages over all gradients. One round finds the fixed point.
         rounds = [
             algorithm.average_eigenvalues(
                 estimates, algorithm.rotations(jnp.asarray(g), bases, (0, 1)).whole, (0, 1), zero
@@ -277,7 +277,7 @@ def test_a_refresh_permutes_the_estimates_as_the_second_moment(method: Any) -> N
     d = 40  # A partial refresh rotates some columns and leaves others.
     basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
     vectors = basis @ np.linalg.qr(np.eye(d) + 0.05 * rng.normal(size=(d, d)))[0]
-    # Columns out of order, so that all methods that sort have something to sort.
+    # The columns are not in order, so that every method that sorts permutes some.
     factor = jnp.asarray(vectors * rng.permutation(1.3 ** -np.arange(d)) @ vectors.T, jnp.float32)
     labels = jnp.arange(1.0, d + 1)
     state = algorithm.EigenbasisState(
@@ -364,7 +364,7 @@ def test_a_rejected_gradient_changes_nothing_but_its_count(
 
 @pytest.mark.parametrize("shape", mostly_long([(6, 4), (3, 4, 5)], [(6, 4)]))
 def test_no_size_of_a_gradient_makes_the_state_infinite(shape: reference.Shape) -> None:
-    # After many zeros, the whitening is as large as it gets.
+    # Many zero gradients leave estimates of zero. Whitening then multiplies by its limit, 4000.
     state: Any = soap_optax.scale_by_soap(factor_estimator="kl").init(jnp.ones(shape))
     update = guarded_update("before_gradient")
     name = "x".join(map(str, shape))
@@ -380,8 +380,8 @@ def test_no_size_of_a_gradient_makes_the_state_infinite(shape: reference.Shape) 
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, after)))
         accepted.append(int(after.stacks[name].rejected_gradients[0]) == 0)
     assert accepted == sorted(accepted, reverse=True)
-    # A matrix may be as large as the root of the largest number over 4 times 4000; a tensor over 4
-    # times 4000 squared.
+    # A matrix may be as large as the root of the largest number, divided by 4 times 4000. For a
+    # tensor the divisor is 4 times 4000 squared.
     assert accepted.count(True) == pytest.approx({2: 45, 3: 41}[len(shape)], abs=1)
 
 
@@ -414,7 +414,7 @@ def test_narrow_storage_follows_the_wide_one() -> None:
     )
     assert {leaf.dtype.name for leaf in stack.eigenvalues} == {"float32"}
     assert {leaf.dtype.name for leaf in stack.factors} == {"bfloat16"}
-    # bfloat16 rounds bases by 4e-3, which moves updates of size one by a few hundredths.
+    # bfloat16 rounds bases by 4e-3. That moves updates of size one by a few hundredths.
     assert np.sqrt(np.mean((wide - narrow) ** 2)) < 0.1
 
 

@@ -43,7 +43,8 @@ def test_a_partial_refresh_rotates_its_columns_and_leaves_the_others_alone(numbe
     others = np.setdiff1d(np.arange(d), columns)
     np.testing.assert_array_equal(new.basis[:, others], basis[:, others])
     assert new.permutation[others].tolist() == others.tolist()
-    # The columns span what they did, and diagonalize their part, by descending Rayleigh quotient.
+    # The columns span the same subspace as before. There they diagonalize the factor, by descending
+    # Rayleigh quotient.
     old_columns, new_columns = basis[:, columns], new.basis[:, columns]
     np.testing.assert_allclose(
         new_columns @ new_columns.T, old_columns @ old_columns.T, atol=ROUNDING

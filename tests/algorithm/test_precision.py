@@ -1,4 +1,4 @@
-"""In which precision products are asked for, and in which dtype they are made."""
+"""The precision that products request, and the dtype in which they are computed."""
 
 import collections
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ SHAPE = (6, 4)
 
 
 def equations(jaxpr: Jaxpr, outside: tuple[str, ...] = ()) -> Iterator[tuple[Any, bool]]:
-    """Every equation of a program, also inside others, and whether it belongs to a refresh."""
+    """Every equation of a program, nested ones included, and whether it belongs to a refresh."""
     for equation in jaxpr.eqns:
         names = (*outside, str(equation.params.get("name", "")))
         yield equation, "refresh_if_due" in names
@@ -40,13 +40,13 @@ def jaxpr_of(shape: tuple[int, ...] = SHAPE, **options: Any) -> Jaxpr:
 
 
 def precisions(jaxpr: Jaxpr) -> tuple[list[Any], list[Any], list[Any]]:
-    """The precisions of the products that rotate, of the Gram matrices, and of the refresh."""
+    """The precisions of the rotations, of the Gram matrices, and of the products of a refresh."""
     rotations, gram_matrices, refresh = [], [], []
     for equation, is_of_refresh in equations(jaxpr):
         if equation.primitive.name != "dot_general":
             continue
         *_, m, n = equation.outvars[0].aval.shape
-        # A step rotates blocks, 6x4 in some order of the axes, and makes squares of one length.
+        # A rotation of a step returns 6x4 or 4x6. A Gram matrix is square.
         products = refresh if is_of_refresh else gram_matrices if m == n else rotations
         products.append(equation.params["precision"])
     return rotations, gram_matrices, refresh
@@ -69,7 +69,7 @@ def test_products_that_rotate_have_the_precision_asked_for_and_all_others_the_hi
 ) -> None:
     found = precisions(jaxpr_of(precision=precision, refresh=refresh))
     rotations, gram_matrices, of_refresh = found
-    assert rotations == [asked] * 4  # Two there and two back.
+    assert rotations == [asked] * 4  # Two rotate into the eigenbasis, and two rotate back.
     assert gram_matrices == [HIGHEST] * 2
     assert set(of_refresh) == {HIGHEST}
 
@@ -102,8 +102,9 @@ def test_kl_factors_take_one_more_product_and_feed_on_none_below_the_highest_pre
 ) -> None:
     options: dict[str, Any] = {"factor_estimator": "kl", "refresh_order": order}
     rotations, gram_matrices, of_refresh = precisions(jaxpr_of(precision="high", **options))
-    # The last product of the way there and two back have no part in a factor. After a refresh the
-    # gradient is rotated again.
+    # A factor uses the gradient rotated along the other axis. It uses neither the product that
+    # completes the rotation nor the two that rotate back. A refresh after the gradient needs the
+    # gradient rotated again.
     halves = 2 if order == "before_gradient" else 4
     assert collections.Counter(rotations) == {HIGHEST: halves, (Precision.HIGH,) * 2: 3}
     assert gram_matrices == [HIGHEST] * 2

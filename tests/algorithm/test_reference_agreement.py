@@ -1,22 +1,22 @@
-"""The library against the NumPy reference, and against itself where two ways must agree.
+"""The library against the NumPy reference, and against itself where two computations must agree.
 
-What the algorithm computes is not always determined by its inputs. The Gram matrix of one gradient
-is rank deficient unless the other axes are long enough; eigenvectors of its null space are then any
-orthonormal set, picked by rounding, and a QR of `L Q` completes that set by rounding again as long
-as `L` has a null space. Columns are ordered by Rayleigh quotients, and where those are rounding
-errors of zero the order is rounding, too. Two correct implementations may differ there by as much
-as an update is long.
+The inputs do not always determine the result of the algorithm. The Gram matrix of one gradient is
+rank deficient unless the other axes are long enough. Its null space then has no unique
+eigenvectors: rounding picks an orthonormal set. As long as `L` has a null space, a QR of `L Q`
+completes that set by rounding again. Rayleigh quotients order the columns. Where they are rounding
+errors of zero, rounding decides the order, too. Two correct implementations may then differ by the
+size of an update.
 
-So the comparisons here begin with factors that have no null space: `states.full_rank_factor`
-stands where zero would, on both sides, before the first call. All that follows runs as ever, the
-first eigh included, and is determined up to the signs of columns, on which no update depends. With
-decays of 0.9 and more, a part of these factors is left at the end (0.9^20 is 0.12), so that they
-stay well conditioned even where the gradients never fill them, as with a vector. What remains is
-that two quotients of random factors come within rounding of each other, a relative gap of 1e-13:
-among the 1e5 pairs of all examples, a chance of less than one in a million.
+The comparisons here therefore begin with factors that have no null space. Before the first call,
+both sides replace the zero factors by `states.full_rank_factor`. Everything else runs as usual, the
+first eigh included. The result is determined up to the signs of columns, on which no update
+depends. With decays of 0.9 and more, a part of the first factors is left at the end (0.9^20 is
+0.12). The factors stay well conditioned even where the gradients never fill them, as with a vector.
+One risk remains: two quotients of random factors may come within rounding of each other, a relative
+gap of 1e-13. Among the 1e5 pairs of all examples, its chance is less than one in a million.
 
-The recorded trajectories begin at zero (`test_trajectories`), and so does one test below, for
-shapes that allow it.
+The recorded trajectories begin at zero (`test_trajectories`). One test below does too, for shapes
+that allow it.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,16 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 STEPS = 20
 
-# Updates are of size 1 to 30. What amplifies their rounding, 1e-15, is the condition of the
-# factors, the gaps between the eigenvalues of the first ones, entries of a rotated gradient that
-# are small beside the others, and columns out of order, which orthogonal iteration drives apart by
-# the ratio of their eigenvalues at every refresh until they are sorted. Of 2,550 random runs one
-# half differed by less than 2e-14, one in a thousand by 3e-11, the worst by 5e-11; of 400 with the
-# later options, none by more than 5e-12. A different algorithm would differ by 1e-3 and more.
+# Updates are of size 1 to 30. Their rounding, 1e-15, is amplified by:
+# - the condition numbers of the factors;
+# - the gaps between the eigenvalues of the first factors;
+# - entries of a rotated gradient that are small beside the others;
+# - columns out of order. Until they are sorted, each step of orthogonal iteration drives them apart
+#   by the ratio of their eigenvalues.
+#
+# Of 2,550 random runs, half differed by less than 2e-14, one in a thousand by 3e-11, the worst by
+# 5e-11. Of 400 runs with the later options, none differed by more than 5e-12. A different algorithm
+# would differ by 1e-3 and more.
 TOLERANCE = 1e-8
 
 Tree = dict[str, np.ndarray]  # A leaf has the shape (steps, *shape).
@@ -61,7 +65,7 @@ def compile_run(
 ) -> Callable[..., tuple[Tree, soap_optax.ScaleBySoapState]]:
     """A function of the gradients of all steps, and of options that may be traced.
 
-    It gives the directions of all steps and the states after all steps. `prepare` is applied to the
+    It returns the directions of all steps, and the states after them. `prepare` is applied to the
     initial state.
     """
 
@@ -90,7 +94,7 @@ any_shape = st.one_of(
 
 @st.composite
 def trees(draw: st.DrawFn) -> list[reference.Shape]:
-    """Shapes of the leaves of a tree: a matrix, any others, and some of them once more."""
+    """Shapes of the leaves of a tree: a matrix, up to two others, and some of these repeated."""
     shapes = [draw(shapes_of(2, 12, shortest=2)), *draw(st.lists(any_shape, max_size=2))]
     return shapes + draw(st.lists(st.sampled_from(shapes), max_size=2))
 
@@ -115,7 +119,7 @@ def static_options(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def traced_options(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Three choices of numbers for one compiled program; it may or may not have a shampoo_beta."""
+    """Three sets of numbers for one compiled program, with or without a `shampoo_beta`."""
     ranges = {
         "b1": st.floats(0.0, 0.99),
         "b2": st.floats(0.9, 0.999),
@@ -145,7 +149,7 @@ def test_every_step_agrees_with_the_reference_on_any_tree_with_any_options(
 
 
 def assert_agreement(grads: Tree, static: dict[str, Any], traced: list[dict[str, Any]]) -> None:
-    """Compares all steps from factors of full rank, for each choice of numbers."""
+    """Compares all steps from factors of full rank, for each set of numbers."""
     run = compile_run(**static)
     changes_result = {name: static[name] for name in static if name != "fold_factors"}
     block_size = changes_result.pop("block_size", None)
@@ -190,8 +194,8 @@ def assert_agreement(grads: Tree, static: dict[str, Any], traced: list[dict[str,
 def test_every_option_agrees_with_the_reference_on_every_shape_of_leaf(
     options: dict[str, Any],
 ) -> None:
-    # A square and a wide matrix, an axis too long for a factor, and one of length 1; three
-    # dimensions, of which two are the shortest; a vector with a factor and one without.
+    # A square matrix, a wide one, one with an axis too long for a factor, one with an axis of
+    # length 1. Three dimensions with two shortest axes. A vector with a factor, one without.
     shapes = [(5, 5), (4, 7), (9, 6), (1, 5), (3, 4, 3), (6,), (9,)]
     static = {"max_precond_dim": 8, "precondition_1d": True, **options}
     numbers = {"b1": 0.9, "b2": 0.95, "shampoo_beta": 0.9}
@@ -240,7 +244,7 @@ def test_bases_in_use_are_those_left_by_a_refresh_at_the_end_of_the_previous_ste
             np.testing.assert_allclose(overlap, np.eye(shape[axis]), atol=TOLERANCE)
         mu = reference.rotate_back(np.asarray(stack.mu[call, 0]), bases)
         np.testing.assert_allclose(mu, state.mu, atol=TOLERANCE)
-        if call % frequency != 0:  # Else the reference has permuted it already, for the next step.
+        if call % frequency != 0:  # Else the reference has already permuted it for the next step.
             np.testing.assert_allclose(np.asarray(stack.nu)[call, 0], state.nu, atol=TOLERANCE)
         assert stack.refreshes[call, 0] == 1 + (call - 1) // frequency
 

@@ -1,4 +1,4 @@
-"""The factored second moment: exact where a square is a product, close to nothing else."""
+"""The factored second moment: exact where squared gradients have rank one, and only there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ ROUNDING = 1e-6
 
 
 def outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """The product of one entry of each vector, `(*block)`."""
+    """The outer product of the vectors, `(*block)`."""
     product = np.ones(())
     for vector in vectors:
         product = np.multiply.outer(product, vector)
@@ -30,7 +30,7 @@ def outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def gradients_with_squares_of_rank_one(shape: Shape, calls: int = 6) -> np.ndarray:
-    """Random signs, and sizes that are products of one number for each index of each axis."""
+    """Gradients with random signs, whose sizes are an outer product of vectors."""
     rng = np.random.default_rng(0)
     sizes = outer([np.exp(rng.normal(size=d)) for d in shape])
     signs = rng.choice([-1.0, 1.0], size=(calls, *shape))
@@ -41,7 +41,7 @@ def gradients_with_squares_of_rank_one(shape: Shape, calls: int = 6) -> np.ndarr
 def run(grads: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
     """Updates and the stack after them, with the identity as basis throughout.
 
-    What is rotated is then the gradient itself, of whose squares we know the rank.
+    The rotated gradient then equals the gradient, and the rank of its squares is known.
     """
     optimizer = soap_optax.scale_by_soap(
         precondition_frequency=1000, precondition_1d=True, **options
@@ -74,7 +74,7 @@ def test_factored_is_another_second_moment_where_squares_have_full_rank() -> Non
     updates, stack = run(grads, factored=True)
     wanted, dense = run(grads)
     assert np.abs(updates - wanted).max() > 0.1
-    # It keeps the means of the dense one over either axis.
+    # The marginals are the means of the dense second moment over the other axis.
     for axis, nu in enumerate(stack.nu):
         np.testing.assert_allclose(nu[0], dense.nu[0].mean(1 - axis), rtol=ROUNDING)
     estimate = second_moment.estimate(tuple(nu[0] for nu in stack.nu))
@@ -83,7 +83,7 @@ def test_factored_is_another_second_moment_where_squares_have_full_rank() -> Non
 
 
 def test_marginals_follow_their_columns_through_a_refresh() -> None:
-    """Eigenvectors are the unit vectors already, in ascending order: a refresh reverses them."""
+    """The unit vectors are the eigenvectors, by ascending eigenvalue. A refresh reverses them."""
     lengths = (6, 4)
     optimizer = soap_optax.scale_by_soap(precondition_frequency=1, factored=True)
     state: Any = optimizer.init(jnp.zeros(lengths))
@@ -98,21 +98,21 @@ def test_marginals_follow_their_columns_through_a_refresh() -> None:
     _, after = jax.jit(optimizer.update)(jnp.zeros(lengths), state._replace(stacks={"6x4": stack}))
     assert after.stacks["6x4"].refreshes.tolist() == [2]
     for found, marginal in zip(after.stacks["6x4"].nu, nu, strict=True):
-        # The zero gradient decays them once.
+        # The zero gradient decays the marginals once.
         np.testing.assert_allclose(found[0], B2 * marginal[::-1], rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5)], ids=str)
 def test_estimate_keeps_the_scale_of_its_marginals(shape: Shape, size: float) -> None:
-    """A product of three marginals of 1e-30 is no float32, and their estimate is one."""
+    """A float32 holds the estimate of three marginals of 1e-30, but not their product."""
     rng = np.random.default_rng(2)
     dense = outer([rng.uniform(0.5, 2, size=d) for d in shape])
     marginals = second_moment.marginals(jnp.asarray(dense, jnp.float32))
     estimate = np.asarray(second_moment.estimate(tuple(jnp.float32(size) * m for m in marginals)))
     assert np.isfinite(estimate).all()
     if size >= np.finfo(np.float32).tiny:
-        # A mean of the smallest sizes has few bits left, or is flushed to zero.
+        # Smaller means have few bits left, or are flushed to zero.
         np.testing.assert_allclose(estimate, size * dense, rtol=ROUNDING)
 
 

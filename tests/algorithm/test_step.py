@@ -1,4 +1,4 @@
-"""One step: the sizes of updates, what moves in it, and Adam where nothing is preconditioned."""
+"""One step: the sizes of updates, the changes of the state, and Adam for other leaves."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from soap_optax.algorithm import step
 
 
 def adam_by_the_authors(grads: np.ndarray, b1: float, b2: float, eps: float) -> np.ndarray:
-    """Adam with `eps` beside the uncorrected root, and a first gradient that is not looked at."""
+    """Adam that adds `eps` to the uncorrected root and ignores the first gradient."""
     mu = nu = np.zeros(grads.shape[1:])
     updates = [np.zeros(grads.shape[1:])]
     for t, grad in enumerate(grads[1:].astype(np.float64), start=1):
@@ -29,7 +29,7 @@ def adam_by_the_authors(grads: np.ndarray, b1: float, b2: float, eps: float) -> 
 
 
 def plain_leaves(count: int) -> list[dict[str, np.ndarray]]:
-    """Gradients of leaves none of whose axes gets a factor when `max_precond_dim` is 3."""
+    """Gradients of leaves without a preconditioner when `max_precond_dim` is 3."""
     rng = np.random.default_rng(2)
     shapes = {"both_too_long": SHAPE, "ones": (1, 4, 1), "scalar": (), "vector": (3,)}
     return [
@@ -44,7 +44,7 @@ def test_adam_by_the_authors_is_recovered_when_no_axis_is_preconditioned(eps: fl
     found, grads = _updates_of_plain_leaves(b1, b2, eps), plain_leaves(8)
     for name in grads[0]:
         wanted = adam_by_the_authors(np.stack([grad[name] for grad in grads]), b1, b2, eps)
-        # 1 - 0.99 is 0.01 to 6e-6 of itself in float32, and 1 - 0.99^t likewise.
+        # In float32, 1 - 0.99 has a relative error of 6e-6, and so has 1 - 0.99^t.
         np.testing.assert_allclose(found[name], wanted, rtol=0, atol=2e-5)
 
 
@@ -97,7 +97,7 @@ def test_large_leaves_without_a_preconditioner_have_vectors_of_their_own_and_are
     for grad in grads:
         updates, state = optimizer.update(grad, state)
     for name in shapes:
-        # The first gradient is not applied; two are. Float32 rounds each step by some 1e-7.
+        # The first gradient is not applied, the other two are. Float32 rounds each by some 1e-7.
         first, second = grads[1][name], grads[2][name]
         mu = B1 * (1 - B1) * first + (1 - B1) * second
         nu = B2 * (1 - B2) * first**2 + (1 - B2) * second**2
@@ -113,12 +113,12 @@ def test_first_applied_update_has_full_size() -> None:
     (zero, update), state = run(grads, init(), 10)
     assert not zero.any()
     bases = [q[0] for q in state.stacks[NAME].bases]
-    # On its first gradient Adam goes one unit along every coordinate, in the eigenbasis here. A
-    # coordinate below 1e-4 would show eps; no coordinate of these gradients is.
+    # Adam's first update is one unit along every coordinate, here of the eigenbasis. A coordinate
+    # below 1e-4 would show eps. These gradients have none.
     assert np.abs(step.rotate(jnp.asarray(grads[1]), bases, (0, 1))).min() > 1e-4
     rotated_update = step.rotate(jnp.asarray(update), bases, (0, 1))
     signs = np.sign(step.rotate(jnp.asarray(grads[1]), bases, (0, 1)))
-    # eps is 1e-8 against a root of sqrt(0.05) * 1e-4 at least.
+    # eps is 1e-8, and the root at least sqrt(0.05) * 1e-4.
     np.testing.assert_allclose(rotated_update, signs, rtol=0, atol=1e-3)
 
 

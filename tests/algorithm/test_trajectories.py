@@ -20,17 +20,17 @@ TRAJECTORIES = trajectories.load_trajectories()
 BY_NAME = named({trajectory.name: trajectory for trajectory in TRAJECTORIES})
 every_trajectory = pytest.mark.parametrize("trajectory", BY_NAME)
 
-# Parameters of size 4 at most round by 2e-16 a step (half a unit in the last place below 4), of
-# which sixty steps make 2e-14 at worst. The largest difference seen is 3e-15. A difference in the
+# Parameters are of size 4 at most. Each step rounds them by 2e-16, half a unit in the last place
+# below 4. Sixty steps add up to 2e-14 at worst. The largest difference seen is 3e-15. A different
 # algorithm would move an update by a share of the learning rate, 3e-3.
 FLOAT64_TOLERANCE = 1e-12
 
-# Parameters of size 4 round by 1.2e-7 a step in float32 (half a unit in the last place below 4), of
-# which sixty steps make 1e-6 at random and 7e-6 at worst. The updates are of the learning rate's
-# size, 3e-3, and carry some 1e-5 of themselves as error: 3e-8 a step, less than that. The largest
-# difference seen is 1.5e-6. No case is chaotic in float32: the Rayleigh quotients that decide the
-# order of columns never come nearer to each other than 2e-5 of the largest, and all factors have
-# condition numbers below 50 whenever a basis is refreshed.
+# In float32, each step rounds parameters of size 4 by 1.2e-7, half a unit in the last place below
+# 4. Sixty steps add up to 1e-6 at random and 7e-6 at worst. Updates are of the learning rate's
+# size, 3e-3, with a relative error of some 1e-5. That adds only 3e-8 a step. The largest difference
+# seen is 1.5e-6. No case is chaotic in float32. The Rayleigh quotients, which order the columns,
+# differ by at least 2e-5 of the largest. All factors have condition numbers below 50 at every
+# refresh.
 FLOAT32_TOLERANCE = 1e-5
 
 
@@ -82,7 +82,7 @@ def test_float64_follows_the_authors_code_to_rounding(trajectory: trajectories.T
 
 @pytest.fixture
 def decomposed_by_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has every basis refreshed as long ones are on CPUs."""
+    """Refreshes every basis with the QR by panels, which CPUs use for long axes only."""
     monkeypatch.setattr(decompositions, "BLOCKED_FROM", 1)
     jax.clear_caches()  # JAX would reuse refreshes that other tests traced.
     yield

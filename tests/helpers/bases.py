@@ -1,10 +1,10 @@
-"""Random bases, factors with given eigenvectors, and how nearly a basis diagonalizes a factor."""
+"""Random bases, factors with given eigenvectors, and the off-diagonal mass of a factor."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Entries of orthonormal matrices and of their products, after some ten operations in float32.
+# For entries of orthonormal matrices and of their products, after some ten float32 operations.
 ROUNDING = 1e-5
 
 
@@ -17,7 +17,7 @@ def factor_of(basis: np.ndarray, eigenvalues: np.ndarray) -> jax.Array:
 
 
 def near(basis: np.ndarray, distance: float, seed: int = 1) -> jax.Array:
-    """Another basis after a random rotation."""
+    """The basis after a random rotation of about this size."""
     noise = distance * np.random.default_rng(seed).normal(size=basis.shape)
     return jnp.asarray(np.linalg.qr(basis + basis @ (noise - noise.T))[0], jnp.float32)
 

@@ -9,11 +9,11 @@ ParameterSet = type(pytest.param(None))
 
 
 def mostly_long(cases: Iterable[Any], short: Collection[Any]) -> list[Any]:
-    """Marks all cases as long except some, which must be among them.
+    """Marks all cases as long, except the cases of the short suite.
 
     Args:
       cases: values, or parameter sets with an id.
-      short: the values or ids of the cases of the short suite.
+      short: the values or ids of the cases of the short suite; each must be in `cases`.
     """
     parameters = [case if isinstance(case, ParameterSet) else pytest.param(case) for case in cases]
     names = [p.id if p.id is not None else p.values[0] for p in parameters]

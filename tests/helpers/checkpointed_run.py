@@ -1,7 +1,7 @@
-"""A small training run with checkpoints, in a process that can be killed and watched.
+"""A small training run with checkpoints, in a process that a test can watch and kill.
 
-Each process is forked from one that has imported everything and started nothing, which saves most
-of the time that it takes to start. `train` starts JAX with a given number of devices.
+Each process is forked from a server that has imported all modules and started nothing. That saves
+most of the time to start. `train` starts JAX with a given number of devices.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import soap_optax
 
 BATCH, WIDTH = 16, 6
 
-LIMIT_IN_SECONDS = 300  # From one event to the next, only for what would never end.
+LIMIT_IN_SECONDS = 300  # From one event to the next. Only a process that hangs reaches it.
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -39,7 +39,7 @@ class Event(NamedTuple):
     Attributes:
       kind: "resumed", "stepped", "saving" (the save has begun) or "saved" (it is on the disk).
       step: the number of steps of the state.
-      digest: of every bit of the state that was resumed or stepped to.
+      digest: of every bit of the resumed or the new state.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Run:
     events: Connection
 
     def __iter__(self) -> Iterator[Event]:
-        """The events to come, until the process has ended."""
+        """The events until the process ends."""
         while self.events.poll(LIMIT_IN_SECONDS):
             try:
                 yield self.events.recv()
@@ -75,7 +75,7 @@ class Run:
         return events
 
     def kill(self) -> list[Event]:
-        """Kills the process, which must not have ended, and returns the events that are left."""
+        """Kills the process, which must still run, and returns the remaining events."""
         self.process.kill()
         events = list(self)
         self.process.join()
@@ -83,7 +83,7 @@ class Run:
         return events
 
     def finish(self) -> list[Event]:
-        """Lets the process end by itself and returns the events that are left."""
+        """Waits for the end of the process, and returns the remaining events."""
         events = list(self)
         self.process.join()
         assert self.process.exitcode == 0
@@ -97,14 +97,14 @@ def start(
     steps_per_checkpoint: int,
     devices: int = 1,
 ) -> Run:
-    """Starts a process that trains; the arguments are those of `train`."""
+    """Starts a process that runs `train` with these arguments."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "soap_optax"])
     receiving, sending = context.Pipe(duplex=False)
     arguments = (directory, compiled, sending, steps, steps_per_checkpoint, devices)
     process = context.Process(target=train, args=arguments, daemon=True)
     process.start()
-    sending.close()  # Else the end of the process would not be the end of the events.
+    sending.close()  # Otherwise the end of the process would not close the pipe.
     return Run(process, receiving)
 
 
@@ -116,7 +116,7 @@ def train(
     steps_per_checkpoint: int,
     devices: int,
 ) -> None:
-    """Trains from the newest checkpoint on, and writes one at the end at the latest.
+    """Trains from the newest checkpoint on, and writes a last one at the end.
 
     Args:
       directory: where the checkpoints are.

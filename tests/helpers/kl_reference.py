@@ -1,8 +1,7 @@
-"""KL-SOAP of one array in NumPy, beside `helpers.reference`, which is SOAP's.
+"""KL-SOAP of one array in NumPy. `helpers.reference` has plain SOAP.
 
-It repeats little of the library's way. The first moment and the factors stay in the parameters'
-coordinates. There, a factor is whitened by the explicit matrix `Q diag(1 / l) Q^T` of each other
-axis.
+It shares few choices with the library. The first moment and the factors stay in the parameters'
+coordinates. There, the explicit matrix `Q diag(1 / l) Q^T` of each other axis whitens a factor.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ def init(shape: Shape, options: Options) -> KlState:
 
 
 def step(grad: np.ndarray, state: KlState, options: Options) -> np.ndarray:
-    """Moves `state` on by one call and returns the direction, to be subtracted times a rate."""
+    """Advances `state` by one call, and returns the direction to descend."""
     leaf = state.leaf
     grad = grad.reshape(leaf.mu.shape)
     after = options.refresh_order == "after_gradient"
@@ -113,7 +112,7 @@ def update_eigenvalues(grad: np.ndarray, state: KlState, options: Options) -> No
 
 
 def refresh(state: KlState, options: Options) -> None:
-    """A refresh of `reference`; the estimates are permuted with the columns, as its `nu`."""
+    """The refresh of `reference`, which also permutes the estimates with the columns."""
     leaf = state.leaf
     if leaf.bases is not None:
         for axis, estimates in state.eigenvalues.items():
@@ -128,8 +127,8 @@ def run(
 ) -> tuple[np.ndarray, KlState]:
     """The direction at every step of one leaf, `(steps, *shape)`, and the state after the last.
 
-    `first_factors`, by axis, are added to the factors after the first gradient, so that they have
-    no null space.
+    After the first gradient, `first_factors` are added to the factors, by axis. The factors then
+    have no null space.
     """
     state = init(grads.shape[1:], options)
     directions = []

@@ -27,7 +27,7 @@ WITH_SHORT_AXES = {
 
 
 class Leaves(NamedTuple):
-    """Equal parameters, and the mesh axes that shard theirs: the mesh's first axis, or its last."""
+    """Equal parameters, and for each array axis the mesh axis that shards it, first or last."""
 
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count
     shape: tuple[int, ...]
@@ -49,9 +49,9 @@ OPTIONS: dict[str, Any] = {"precondition_frequency": 2, "max_precond_dim": 8}
 STEPS = 7  # The first basis, two refreshes and plain steps between them.
 
 # A program for eight devices adds in another order than one for a single device. In float64 that
-# costs 1e-16 of numbers of size 1, and some thousand times as much where Adam divides a small entry
-# by its size or two eigenvalues are close. A wrong or missing shard of a gradient moves a parameter
-# by a share of the learning rate, 0.1.
+# costs 1e-16 of numbers of size 1. Two cases amplify it some thousand times: Adam divides a small
+# entry by its size, or two eigenvalues are close. A wrong or missing shard of a gradient moves a
+# parameter by a share of the learning rate, 0.1.
 TOLERANCE = 1e-9
 
 
@@ -130,5 +130,5 @@ def assert_close(found: Tree, wanted: Tree) -> None:
 
 
 def positions_of_blocks(blocks: int, length: int) -> list[int]:
-    """The positions of the blocks in a stack of this length, of which the others are padding."""
+    """The positions of the blocks in a stack of this length; other positions are padding."""
     return [number * length // blocks for number in range(blocks)]

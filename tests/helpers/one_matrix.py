@@ -1,4 +1,4 @@
-"""Runs of SOAP on one matrix, whose gradients have eigenvalues far from each other."""
+"""Runs of SOAP on one matrix, whose factors have well separated eigenvalues."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ Step = Callable[..., tuple[jax.Array, State]]
 SHAPE = (6, 4)
 NAME = "6x4"
 B1, B2, EPS = 0.95, 0.95, 1e-8  # The defaults.
-# Updates are of size 1 and come from some ten products and sums, each rounded by 6e-8 (half of
-# float32's epsilon), in some ten steps. A wrong coordinate moves an update by a tenth or more.
+# Updates are of size 1. They come from some ten products and sums in some ten steps. Each rounds by
+# 6e-8, half of float32's epsilon. A wrong coordinate moves an update by a tenth or more.
 UPDATE_TOLERANCE = 1e-4
 
 
@@ -35,9 +35,9 @@ def step_of(**options: Any) -> Step:
 def gradients(
     count: int, shape: Sequence[int] = SHAPE, ratio: float = 2.0, dtype: Any = np.float32
 ) -> np.ndarray:
-    """Gradients whose directions along each axis differ in size by powers of `ratio`.
+    """Gradients, `(count, *shape)`, whose directions along each axis scale by powers of `ratio`.
 
-    So no two eigenvalues are close. The shape is `(count, *shape)`.
+    No two eigenvalues of a factor are therefore close.
     """
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(count, *shape))

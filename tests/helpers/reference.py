@@ -1,22 +1,20 @@
-"""SOAP in float64 NumPy, one leaf at a time, for reading and for checking against.
+"""SOAP in float64 NumPy, one leaf at a time: code to read, and to test the library against.
 
-Written from Algorithm 3 of Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam"
-(arXiv 2409.11321), and from the semantics listed in ``golden/README.md``. It shares no code and few
-choices with the library, so that a mistake would have to be made twice to go unseen:
+It follows Algorithm 3 of Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv
+2409.11321), and the semantics listed in ``golden/README.md``. It shares no code and few choices
+with the library. A mistake stays unseen only if both make it.
 
-=====================  ==================================  =====================================
-what                   here                                in the library
-=====================  ==================================  =====================================
-unit of work           one leaf                            a stack of equal blocks
-refresh                at the end of the step that made    at the start of the next step, from
-                       it due                              the stored factors
-factored second        every entry, and reduced to its     its marginals
-moment                 marginals where it is used
-first moment ``mu``    the parameters' coordinates, into   the eigenbasis' coordinates, expressed
-                       the eigenbasis at every step        anew at a refresh
-axes of length 1       a 1x1 factor like any other axis    no factor
-precision              float64                             float32, or float64 for float64 leaves
-=====================  ==================================  =====================================
+|                        | here                              | in the library                      |
+| ---------------------- | --------------------------------- | ----------------------------------- |
+| unit of work           | one leaf                          | a stack of equal blocks             |
+| time of a refresh      | the end of the step that made it  | the start of the next step, from    |
+|                        | due                               | the stored factors                  |
+| factored second moment | every entry stored, and reduced   | only its marginals stored           |
+|                        | to its marginals when used        |                                     |
+| first moment ``mu``    | parameters' coordinates, rotated  | eigenbasis' coordinates, rotated at |
+|                        | into the eigenbasis in every step | a refresh                           |
+| axes of length 1       | a 1x1 factor, as other axes have  | no factor                           |
+| precision              | float64                           | float32; float64 for float64 leaves |
 
 The paper's symbols: ``L`` and ``R`` are `LeafState.factors`, ``Q_L`` and ``Q_R`` are
 `LeafState.bases`, ``M`` is `LeafState.mu`, ``V`` is `LeafState.nu`.
@@ -56,17 +54,17 @@ class Options:
 
 @dataclasses.dataclass
 class LeafState:
-    """What the optimizer remembers of one leaf. Shapes are those of `shape_of_work`."""
+    """The optimizer's state of one leaf, in the shape from `shape_of_work`."""
 
     factors: Matrices  # Moving averages of the Gram matrices.
     bases: Matrices | None  # Columns are eigenvectors, by descending eigenvalue; None before any.
     mu: np.ndarray  # First moment, in the parameters' coordinates.
     nu: np.ndarray  # Second moment, in the eigenbasis' coordinates.
-    calls: int = 0  # So far, the first one included, which applies no update.
+    calls: int = 0  # The number of calls so far, including the first, which returns zeros.
 
 
 def merged(shape: Shape, limit: int) -> Shape:
-    """Multiplies neighbouring lengths together, from the first on, while within `limit`."""
+    """Merges neighbouring axes, from the first on, while their product is within `limit`."""
     groups: list[int] = []
     for length in shape:
         if groups and groups[-1] * length <= limit:
@@ -90,7 +88,7 @@ def preconditioned_axes(shape: Shape, options: Options) -> list[int]:
     lengths = shape_of_work(shape, options)
     axes = [axis for axis, length in enumerate(lengths) if length <= options.max_precond_dim]
     if options.one_sided:
-        # A side of length 1 has nothing to precondition, so that it is not the one.
+        # An axis of length 1 has nothing to precondition, so it is never the chosen axis.
         shortest = min((lengths[axis] for axis in axes if lengths[axis] > 1), default=1)
         axes = [axis for axis in axes if lengths[axis] == shortest][:1]
     return axes
@@ -112,16 +110,16 @@ def init(shape: Shape, options: Options, initial_factors: Matrices | None = None
 
 
 def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
-    """Moves `state` on by one call and returns the direction, to be subtracted times a rate."""
+    """Advances `state` by one call, and returns the direction to descend."""
     shape = grad.shape
     grad = grad.reshape(state.mu.shape)
     bases_see_gradient = options.refresh_order == "after_gradient"
-    updates = state.calls  # Applied so far, this one included.
+    updates = state.calls  # The number of updates so far, including this one.
     state.calls += 1
 
     if updates == 0 or bases_see_gradient:
         update_factors(grad, state, options)
-    if updates == 0:  # The first call moves nothing.
+    if updates == 0:  # The first call returns zeros.
         if not bases_see_gradient:
             refresh(state, options)
         return np.zeros(shape)
@@ -153,7 +151,7 @@ def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
 
 
 def update_factors(grad: np.ndarray, state: LeafState, options: Options) -> None:
-    """L = beta L + (1 - beta) G G^T, and its like for the other axes."""
+    """L = beta L + (1 - beta) G G^T, and the same for the other axes."""
     beta = options.b2 if options.shampoo_beta is None else options.shampoo_beta
     factors = {}
     for axis, factor in state.factors.items():
@@ -163,15 +161,16 @@ def update_factors(grad: np.ndarray, state: LeafState, options: Options) -> None
 
 
 def eigenvectors(factor: np.ndarray) -> np.ndarray:
-    """An exact basis; its columns by descending eigenvalue."""
+    """The eigenvectors of a factor, by descending eigenvalue."""
     _, vectors = np.linalg.eigh(factor)
     return vectors[:, ::-1]
 
 
 def refresh(state: LeafState, options: Options) -> None:
-    """The first bases, or one step of orthogonal iteration from those before (Algorithm 4).
+    """The first bases, or one step of orthogonal iteration from the old bases (Algorithm 4).
 
-    In place of that step the paper also tries the exact eigenvectors: ranks match columns then.
+    Instead of that step, the paper also tries the exact eigenvectors. Their columns are matched
+    with the old ones by rank.
     """
     if state.bases is None:
         state.bases = {axis: eigenvectors(factor) for axis, factor in state.factors.items()}
@@ -190,7 +189,7 @@ def refresh(state: LeafState, options: Options) -> None:
 
 
 def second_moment(state: LeafState, options: Options) -> np.ndarray:
-    """V, or of preconditioned leaves the product of its marginals, scaled to its mean."""
+    """V; if factored, the product of its marginals, scaled to its mean."""
     axes, total = range(state.nu.ndim), np.mean(state.nu)
     if not options.factored or all(len(factor) == 1 for factor in state.factors.values()):
         return state.nu
@@ -226,8 +225,8 @@ def run(
       grads: The gradient of every step.
       options: The optimizer's options.
       initial_factors: The factors before the first call, by axis; zero if None.
-      initial_bases: The bases to put in place of those that the first call computed, by axis. For
-        where the first factor has a null space, and a basis is therefore not determined by it.
+      initial_bases: The bases that replace the first computed bases, by axis. They are for factors
+        with a null space, which do not determine a basis.
     """
     state = init(grads.shape[1:], options, initial_factors)
     directions = []
@@ -245,13 +244,13 @@ def run_in_tiles(
     block_size: int | None,
     initial_factor: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """The direction at every step of one leaf whose tiles are leaves of their own.
+    """The direction at every step of one leaf, whose tiles are separate leaves.
 
     Args:
       grads: The gradient of every step.
       options: The optimizer's options.
       block_size: The largest length of a tile; None leaves the leaf whole.
-      initial_factor: Gives the factor before the first call of an axis by the axis' length.
+      initial_factor: From the length of an axis to its factor before the first call.
     """
     shape = grads.shape[1:]
     lengths = shape_of_work(shape, options)
@@ -259,7 +258,7 @@ def run_in_tiles(
         cuts = [tuple(slice(None) for _ in lengths)]
     else:
         cuts = tiles(lengths, block_size)
-        # The leaf is merged already, and what it is decides whether to precondition, not its tiles.
+        # The leaf is already merged. Its shape decides whether to precondition, not its tiles'.
         options = dataclasses.replace(options, merge_dims=False, precondition_1d=True)
         grads = grads.reshape(-1, *lengths)
 
@@ -286,9 +285,9 @@ def tiles(shape: Shape, block_size: int) -> list[tuple[slice, ...]]:
 def lengths_of_tiles(length: int, block_size: int) -> list[int]:
     """Cuts an axis into tiles of at most `block_size`.
 
-    They are equal if `length` has a divisor from half of `block_size`, and from 2, up to it, the
-    largest such divisor long; else as few as possible, of lengths that differ by one, the longer
-    first.
+    Their length is the largest divisor of `length` from half of `block_size`, and from 2, up to
+    `block_size`. Without such a divisor, there are as few tiles as possible. Their lengths then
+    differ by one, and the longer tiles come first.
     """
     if length <= block_size:
         return [length]

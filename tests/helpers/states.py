@@ -1,4 +1,4 @@
-"""States with bases and factors that a test chooses."""
+"""States with bases and factors from a test."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def put_bases(state: Any, bases: Sequence[np.ndarray]) -> Any:
                 jnp.asarray(basis, old.dtype)[None]
                 for basis, old in zip(bases, stack.bases, strict=True)
             ),
-            refreshes=jnp.ones_like(stack.refreshes),  # Else the next call computes a first basis.
+            refreshes=jnp.ones_like(stack.refreshes),  # At 0 the next call computes a first basis.
         )
         return soap_state._replace(stacks={name: stack})
 
@@ -42,7 +42,7 @@ def map_soap_state(
 
 
 def full_rank_factor(length: int) -> np.ndarray:
-    """A factor to begin from that has no null space and no two equal eigenvalues."""
+    """A first factor without a null space and without equal eigenvalues."""
     return np.diag(np.linspace(1.0, 2.0, length))
 
 
