@@ -1,4 +1,4 @@
-"""How long updates take to compile, and what the compiler says of their memory."""
+"""Compile times of updates, and the compiler's report of their memory."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from shapes import Model, count_bytes, count_entries, params_of
 
 @dataclasses.dataclass(frozen=True)
 class CompileTime:
-    """Of one contender's `update` at one depth, every layer with leaves of its own."""
+    """Times of one contender's `update` at one depth; every layer has separate leaves."""
 
     contender: str
     layers: int
@@ -22,7 +22,7 @@ class CompileTime:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Of one contender's `update`, in bytes."""
+    """The memory of one contender's `update`, in bytes."""
 
     contender: str
     layers: int
@@ -42,7 +42,7 @@ def operands_of(contender: Contender, model: Model, layers: int) -> tuple[Any, .
 
 
 def compile_time(name: str, contender: Contender, model: Model, layers: int) -> CompileTime:
-    """Compiles the update alone, without running it, as if it were the first in its process."""
+    """Compiles the update alone, with empty caches, and does not run it."""
     jax.clear_caches()
     operands = operands_of(contender, model, layers)
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def compile_time(name: str, contender: Contender, model: Model, layers: int) -> 
 
 
 def memory_of(name: str, contender: Contender, model: Model, layers: int) -> Memory:
-    """What the update holds, from its compiled program."""
+    """The memory of the update, from its compiled program."""
     operands = operands_of(contender, model, layers)
     analysis = contender.update.lower(*operands).compile().memory_analysis()
     _, state, params, _ = operands

@@ -1,7 +1,7 @@
-"""What is timed: the six-product floor, Adam, AdamW, Muon, a textbook SOAP and `soap_optax`.
+"""The contenders: the six-product floor, Adam, AdamW, Muon, a textbook SOAP and `soap_optax`.
 
-All of them get the same gradients of the same parameters. Each is a function to make its state and
-a jitted one, with the state donated, that takes a step. How often SOAP refreshes is an operand of
+All of them get the same gradients of the same parameters. Each has two functions: one makes its
+state, and a jitted one takes a step and donates the state. The refresh frequency is an operand of
 the step, so that one program takes plain steps and steps that refresh everything.
 """
 
@@ -23,7 +23,7 @@ import soap_optax
 
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-NEVER = 2**30  # A frequency at which no refresh becomes due, but for the first.
+NEVER = 2**30  # A frequency at which only the first refresh becomes due.
 ALWAYS = 1
 
 Step = Callable[[Any, Any, Any, Array], tuple[Any, Any]]
@@ -35,13 +35,13 @@ def unchanged(grads: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One of those whose steps are timed.
+    """An optimizer, or the floor, whose steps are timed.
 
     Attributes:
       init: the state, from the parameters.
       update: `(grads, state, params, frequency)` to updates and state; jitted, donates the state.
-      prepare: brings gradients into the form that `update` takes, outside of the clock.
-      refreshes: how often each part of a state has been refreshed; None if that has no meaning.
+      prepare: brings gradients into the form that `update` takes; it is not timed.
+      refreshes: the number of refreshes of each part of a state; None if nothing is refreshed.
     """
 
     init: Callable[[Any], Any]
@@ -53,7 +53,7 @@ class Contender:
 def contenders_of(
     model: Model, names: list[str], variants: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Contender]:
-    """The contenders of these names, and a variant of `soap_optax.soap` for each of the options."""
+    """The named contenders, and a variant of `soap_optax.soap` for each set of options."""
     known: dict[str, Callable[[], Contender]] = {
         "floor": lambda: floor(model),
         "adam": lambda: plain(optax.adam(LEARNING_RATE)),
@@ -78,7 +78,7 @@ def jitted(step: Step) -> Any:
 
 
 def plain(optimizer: optax.GradientTransformation) -> Contender:
-    """An optimizer all of whose steps are alike."""
+    """An optimizer whose steps all do the same work."""
 
     def update(grads: Any, state: Any, params: Any, frequency: Array) -> tuple[Any, Any]:
         del frequency
@@ -100,7 +100,7 @@ def muon(model: Model) -> optax.GradientTransformation:
 
 
 def soap(model: Model, **options: Any) -> Contender:
-    """`soap_optax.soap` with the options of the model, and these before them."""
+    """`soap_optax.soap` with the options of the model, which `options` override."""
 
     def optimizer(frequency: Any) -> optax.GradientTransformationExtraArgs:
         return soap_optax.soap(
@@ -115,7 +115,7 @@ def soap(model: Model, **options: Any) -> Contender:
 
     def refreshes(state: Any) -> np.ndarray:
         stacks = jax.device_get(soap_stacks(state)).values()
-        # A block that has taken in no gradient is padding.
+        # A block without an accepted gradient is padding.
         return np.concatenate([s.refreshes[s.accepted_gradients > 0] for s in stacks])
 
     return Contender(optimizer(NEVER).init, jitted(update), refreshes=refreshes)
@@ -127,10 +127,10 @@ def soap_stacks(state: Any) -> Mapping[str, Any]:
 
 
 def textbook(model: Model) -> Contender:
-    """The textbook's SOAP, followed by what `soap_optax.soap` adds as well.
+    """The textbook's SOAP, followed by weight decay and learning rate as in `soap_optax.soap`.
 
-    It is given every block as a leaf of its own and in the block's shape: a kernel merged, a batch
-    of experts one by one.
+    Every block becomes a separate leaf in the block's shape: kernels are merged, and experts are
+    unstacked.
     """
 
     def optimizer(frequency: Any) -> optax.GradientTransformation:
@@ -169,10 +169,11 @@ def join_leaf(like: Array, blocks: list[Array]) -> Array:
 
 
 def floor(model: Model) -> Contender:
-    """The products that a step of SOAP cannot do without, by themselves, equal blocks batched.
+    """Only the products that a step of SOAP needs, with equal blocks batched.
 
-    Its gradients come stacked, so that no copy counts. Its bases are any matrices, since products
-    take as long with others. Updates and Gram matrices are its results: XLA can leave nothing out.
+    Its gradients come stacked, so that no copy is timed. Any matrices serve as bases, because the
+    time of a product does not depend on them. It returns updates and Gram matrices, so that XLA
+    leaves no product out.
     """
 
     def init(params: Any) -> dict[str, tuple[Array, ...]]:
@@ -198,14 +199,14 @@ def bases_like(stack: jax.ShapeDtypeStruct, axis: int) -> Array:
 
 
 def six_products(grad: Array, bases: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-    """Of one block: to project and to project back along every axis, and its Gram matrices."""
+    """Rotates one block and rotates it back along every axis, and computes its Gram matrices."""
     with jax.default_matmul_precision("highest"):
         update = rotate_back(rotate(grad, bases), bases)
     return update, tuple(gram_matrix(grad, axis) for axis in range(grad.ndim))
 
 
 def stacked(tree: Any, model: Model) -> dict[str, Array]:
-    """The blocks of all leaves, equal ones stacked, under names such as `512x2048`."""
+    """The blocks of all leaves; equal shapes are stacked, under names such as `512x2048`."""
     shaped = [(leaf, model.blocks(leaf.shape)) for leaf in jax.tree.leaves(tree)]
     blocks = [leaf.reshape(shape) for leaf, shape in shaped if shape is not None]
     blocks.sort(key=lambda block: block.shape[1:])

@@ -1,7 +1,7 @@
 """Times the steps of several contenders alternately, and sums the times up.
 
-A machine's speed drifts by more than the contenders differ. Therefore all of them take a step in
-every round, on the same gradients, and each time is relative to the floor of its own round.
+A machine's speed drifts by more than the contenders differ. All of them therefore take a step in
+every round, on the same gradients. Each time is relative to the floor of the same round.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ FLOOR = "floor"
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One step; `kind` is `plain` where no refresh was due, `refresh` where everything was."""
+    """One step. Its `kind` is `plain` if no refresh was due, and `refresh` if all were due."""
 
     contender: str
     kind: str
@@ -45,19 +45,19 @@ class Runner:
         return ("plain",) if self.contender.refreshes is None else ("plain", "refresh")
 
     def warm_up(self, grads: Any) -> None:
-        """Compiles, and takes the two steps after which every SOAP has its first bases."""
+        """Compiles, and takes two steps. The second one computes the first bases."""
         for _ in range(2):
             self._step(self.contender.prepare(grads), NEVER)
 
     def time(self, grads: Any, kind: str) -> float:
-        """The seconds of one step, which must be of the kind that it is meant to be."""
+        """The seconds of one step. Raises if the step's refreshes do not match its kind."""
         seconds, refreshed = self.time_at(grads, ALWAYS if kind == "refresh" else NEVER)
         if not np.all(refreshed == (kind == "refresh")):
             raise RuntimeError(f"{self.name}: a {kind} step refreshed its parts {refreshed} times")
         return seconds
 
     def time_at(self, grads: Any, frequency: int) -> tuple[float, np.ndarray]:
-        """The seconds of one step at a frequency, and which of its parts it refreshed."""
+        """The seconds of one step at a frequency, and the refreshes of each part in it."""
         grads = jax.block_until_ready(self.contender.prepare(grads))
         before = self._refreshes()
         started = time.perf_counter()
@@ -77,7 +77,7 @@ class Runner:
 def warmed_up(
     model: Model, layers: int, contenders: Mapping[str, Contender]
 ) -> tuple[list[Runner], Callable[[int], Any]]:
-    """The contenders with their first bases, and what draws gradients, of which they had seed 0."""
+    """The contenders after a warm-up with seed 0, and a function that draws gradients."""
     shapes = params_of(model, layers)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     draw = gradients_of(shapes)
@@ -90,7 +90,7 @@ def warmed_up(
 def rounds_of(
     model: Model, layers: int, contenders: Mapping[str, Contender], rounds: int
 ) -> Iterator[Sample]:
-    """Goes round all contenders `rounds` times, and begins with another one each time."""
+    """Times all contenders `rounds` times; every round begins with another contender."""
     runners, draw = warmed_up(model, layers, contenders)
     for number in range(rounds):
         first = number % len(runners)
@@ -103,7 +103,7 @@ def rounds_of(
 
 @dataclasses.dataclass(frozen=True)
 class CycleStep:
-    """One of the steps from one refresh to the next, and the number of parts it refreshed."""
+    """One step of a refresh cycle, and the number of parts that it refreshed."""
 
     contender: str
     step: int
@@ -114,8 +114,9 @@ class CycleStep:
 def cycles_of(
     model: Model, layers: int, contenders: Mapping[str, Contender], frequency: int, cycles: int
 ) -> Iterator[CycleStep]:
-    """Times every step of some refresh cycles, after one and a half in which blocks find phases.
+    """Times every step of some refresh cycles.
 
+    Before them, one and a half cycles are not timed: staggered blocks spread over the cycle there.
     The contenders take each step one after another.
     """
     runners, draw = warmed_up(model, layers, contenders)
@@ -131,8 +132,8 @@ def cycles_of(
 def gradients_of(shapes: Any) -> Callable[[int], Any]:
     """Draws gradients, new ones for every seed.
 
-    Their factors have eigenvalues over two decades and change from step to step, so that a refresh
-    whose cost depends on what it finds has something to do.
+    The eigenvalues of their factors span two decades and change from step to step. A refresh whose
+    cost depends on its input then has work to do.
     """
 
     def draw(key: Array) -> Any:
@@ -154,7 +155,7 @@ def draw_leaf(key: Array, leaf: jax.ShapeDtypeStruct) -> Array:
     return grad
 
 
-# What the times come to ---------------------------------------------------------------------------
+# Summaries ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Summary:
     refresh: Spread | None
     plain_ratio: Spread | None
     refresh_ratio: Spread | None
-    averages: Mapping[int, Spread]  # by frequency, as ratios; none where the floor was not timed
+    averages: Mapping[int, Spread]  # ratios by frequency; none if the floor was not timed
 
 
 def summarize(samples: Sequence[Sample]) -> list[Summary]:
@@ -224,7 +225,7 @@ def summary_of(
 
 
 def averages_of(plain: list[float], refresh: list[float], frequency: int) -> list[float]:
-    """The mean step at a frequency, round by round: one step in so many is a refresh."""
+    """The mean step of each round, if one step in `frequency` steps is a refresh."""
     return [
         ((frequency - 1) * one + other) / frequency
         for one, other in zip(plain, refresh, strict=True)

@@ -9,7 +9,7 @@ from measure import FLOOR, Spread, Summary
 
 
 def draw_steps(by_model: Mapping[str, Sequence[Summary]], path: Path) -> None:
-    """Bars of plain and of refresh steps in floors, with quartiles, for each model."""
+    """Bars of plain steps and of refresh steps for each model, in floors, with quartiles."""
     names = dict.fromkeys(one.contender for summaries in by_model.values() for one in summaries)
     colours = {name: f"C{number}" for number, name in enumerate(names)}
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -37,7 +37,7 @@ def draw_steps(by_model: Mapping[str, Sequence[Summary]], path: Path) -> None:
 def ratios_by_contender(
     by_model: Mapping[str, Sequence[Summary]], kind: str
 ) -> dict[str, dict[str, Spread]]:
-    """For each contender but the floor, its ratio on each model that it has one for."""
+    """The ratio of each contender except the floor, on each model for which it has one."""
     series: dict[str, dict[str, Spread]] = {}
     for model, summaries in by_model.items():
         for summary in summaries:
@@ -48,7 +48,7 @@ def ratios_by_contender(
 
 
 def draw_compile_times(by_model: Mapping[str, Sequence[CompileTime]], path: Path) -> None:
-    """Tracing and compilation over depth, a panel for each model."""
+    """Trace and compile times over depth, with a panel for each model."""
     figure = Figure(figsize=(5.5 * len(by_model), 4.5), layout="constrained")
     panels = figure.subplots(1, len(by_model), squeeze=False)[0]
     for axes, (model, rows) in zip(panels, by_model.items(), strict=True):

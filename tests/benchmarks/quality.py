@@ -1,17 +1,18 @@
-"""Measures what options of SOAP do to a training run: that of the byte-level GPT of examples/.
+"""Measures how options of SOAP change training runs of the byte-level GPT in examples/.
 
     pip install ".[benchmarks]"
     python tests/benchmarks/quality.py --variant soap --variant "often:precondition_frequency=1" \\
         --variant "thinning:precondition_frequency=thinning(20,10)" --adamw --out out/quality
 
-trains each variant with every seed, prints a Markdown table, and writes every evaluation as CSV and
-the loss curves as a picture. A variant is an option of `soap_optax.soap` or several, after a name;
-the name alone is SOAP as it comes. `thinning(20,10)` is `soap_optax.thinning_frequency(20, 10)`.
-Seeds decide the initial weights and the batches, so that variants are compared seed by seed.
+trains each variant with every seed, and prints a Markdown table. It also writes every evaluation as
+CSV, and the loss curves as a picture. A variant is a name, with or without options of
+`soap_optax.soap`; the name alone means the defaults. `thinning(20,10)` is
+`soap_optax.thinning_frequency(20, 10)`. Seeds decide the initial weights and the batches, so that
+variants are compared seed by seed.
 
-A run that is in the CSV of --out with the same settings is not repeated: a long list can be run in
-pieces, or again after an interruption, and the table has all of it. The first variant there is the
-one that others are compared with.
+A run is not repeated if the CSV of --out has it with the same settings. A long list can therefore
+run in pieces, or resume after an interruption. The table has all runs, and compares the other
+variants with the first one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
+# OpenBLAS's threads and XLA's compete for the cores. OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
@@ -73,7 +74,7 @@ class Settings(argparse.Namespace):
 
 
 class Trainee(NamedTuple):
-    """An optimizer, under the name and the options by which the table knows it."""
+    """An optimizer, with its name and options in the table."""
 
     name: str
     options: str
@@ -93,7 +94,7 @@ def trainees_of(settings: Settings) -> list[Trainee]:
 
 
 def columns_of(settings: Settings, task: Task, variant: str) -> dict[str, str]:
-    """What the rows of a variant must say to be in the table of these settings."""
+    """The settings that a variant's rows need to be in this table."""
     columns = {
         "steps": task.steps,
         "batch_size": task.batch_size,
@@ -108,7 +109,7 @@ def columns_of(settings: Settings, task: Task, variant: str) -> dict[str, str]:
 def train_all(
     settings: Settings, task: Task, trainees: Sequence[Trainee], runs: Sequence[Run]
 ) -> list[Run]:
-    """Adds the runs that are missing; each is written as soon as it is complete."""
+    """Adds the missing runs, and writes each as soon as it is complete."""
     known = {run.key for run in runs}
     runs = list(runs)
     for trainee in trainees:
@@ -124,7 +125,7 @@ def train_all(
 def train_seeds(
     trainee: Trainee, seeds: Sequence[int], task: Task, stall_after: int
 ) -> Iterator[Run]:
-    """Trains with one seed after another by the same compiled programs."""
+    """Trains with one seed after another, with the same compiled programs."""
     if not seeds:
         return
     program = training.compile_program(trainee.optimizer, task)

@@ -1,4 +1,4 @@
-"""The picture of what `quality.py` measures."""
+"""The picture of the results of `quality.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from quality_results import Run, by_variant, curves_of, paired
 
 
 def draw_quality(runs: Sequence[Run], title: str, path: Path) -> None:
-    """Held-out loss over steps, and how much higher it is than the first variant's."""
+    """Held-out loss over steps, and its difference from the first variant's."""
     variants = by_variant(runs)
     first = next(iter(variants.values()))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -38,7 +38,7 @@ def draw_quality(runs: Sequence[Run], title: str, path: Path) -> None:
 def draw_mean(
     axes: Axes, steps: Sequence[int], curves: Sequence[Any], colour: str, label: str
 ) -> None:
-    """The mean of curves, and a band of one standard deviation where there are several."""
+    """The mean of curves; several curves also get a band of one standard deviation."""
     if not curves:
         axes.plot([], [], colour, label=label)
         return

@@ -1,4 +1,4 @@
-"""Results of runs of `quality.py`: written as CSV, summed up by variant, and put into a table."""
+"""Results of runs of `quality.py`, as CSV, as summaries by variant, and as a table."""
 
 import csv
 import dataclasses
@@ -42,7 +42,7 @@ class Run:
 
 
 def append_run(path: Path, run: Run, settings: Mapping[str, str]) -> None:
-    """Adds the rows of a run, with the settings in columns of their own."""
+    """Adds the rows of a run, with the settings in separate columns."""
     constant = {"variant": run.variant, "options": run.options, **settings}
     constant |= {"seed": run.seed, "state_bytes": run.state_bytes}
     is_new = not path.exists()
@@ -54,12 +54,12 @@ def append_run(path: Path, run: Run, settings: Mapping[str, str]) -> None:
 
 
 def read_runs(path: Path, settings_of: Callable[[str], Mapping[str, str]], steps: int) -> list[Run]:
-    """The complete runs whose settings are those of their variant, in the order of the file.
+    """The complete runs with their variant's settings, in the order of the file.
 
-    A run is complete when it came to its last step or diverged.
+    A run is complete if it reached its last step or diverged.
 
     Raises:
-      ValueError: the file has no such columns.
+      ValueError: a column is missing from the file.
     """
     if not path.exists():
         return []
@@ -87,23 +87,22 @@ def run_of(key: tuple[str, str, int], rows: Sequence[Mapping[str, str]]) -> Run:
     return Run(*key, int(rows[-1]["state_bytes"]), evaluations)
 
 
-# Sums ---------------------------------------------------------------------------------------------
+# Summaries ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What the runs of a variant come to.
+    """A summary of the runs of a variant.
 
     Attributes:
       variant: its name.
-      options: as text.
-      losses: by seed, held-out after the last step; NaN where the run diverged.
-      difference: by seed, how much higher that is than the first variant's; of seeds of both that
-        did not diverge.
-      adopted: bases adopted relative to a refresh in every step.
-      off_diagonal_mass: mean over the runs.
-      rejected_refreshes: of all runs together.
-      state_bytes: of one state.
+      options: its options, as text.
+      losses: the held-out loss after the last step, by seed; NaN if the run diverged.
+      difference: the loss minus the first variant's, by seed, if neither run diverged.
+      adopted: the number of adopted bases, relative to a refresh in every step.
+      off_diagonal_mass: the mean over the runs.
+      rejected_refreshes: the number in all runs together.
+      state_bytes: the size of one state.
       seconds_per_step: the median over the runs.
     """
 
@@ -157,14 +156,14 @@ def summary_of(runs: Sequence[Run], first: Sequence[Run]) -> Summary:
 
 
 def curves_of(runs: Iterable[Run]) -> Curves:
-    """The losses at every evaluation, of runs that did not diverge."""
+    """The losses at every evaluation, for runs that did not diverge."""
     return {
         run.seed: [row.held_out_loss for row in run.evaluations] for run in runs if not run.diverged
     }
 
 
 def paired(runs: Iterable[Run], first: Iterable[Run]) -> dict[int, tuple[list[float], list[float]]]:
-    """The curves of both, by the seeds that both have."""
+    """The curves of two variants, for the seeds that both have."""
     ours, theirs = curves_of(runs), curves_of(first)
     return {seed: (ours[seed], theirs[seed]) for seed in ours if seed in theirs}
 

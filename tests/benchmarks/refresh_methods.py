@@ -1,12 +1,13 @@
-"""Times every method of a refresh on bases that a few steps have left behind their factors.
+"""Times every refresh method on bases that are a few steps older than their factors.
 
     pip install ".[benchmarks]"
     python tests/benchmarks/refresh_methods.py --out out/methods
 
-A row for each length of basis and number of blocks: the time of one refresh of all of them, one
-after another as in the library, and the off-diagonal mass that it leaves. All methods alternate,
-on the same factors, with the floor of a plain step: six products for each block. Since bases were
-eigenvectors of their factors, these have changed as by ten steps at a decay of 0.95.
+The table has a row for each method, length of basis and number of blocks. It has the time to
+refresh all blocks, one after another as in the library, and the off-diagonal mass after that. All
+methods alternate on the same factors, with the floor of a plain step: six products for each block.
+The bases are eigenvectors of older factors, which have since changed as in ten steps at a decay of
+0.95.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
+# OpenBLAS's threads and XLA's compete for the cores. OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
@@ -46,7 +47,7 @@ DECAY = 0.95**10  # of a factor, from one refresh to the next
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method on so many blocks of a length; seconds and floors are those of all blocks."""
+    """One method on a number of equal blocks; seconds and floors are for all of them together."""
 
     length: int
     blocks: int
@@ -57,9 +58,9 @@ class Row:
 
 
 def factors_and_bases(key: Array, blocks: int, length: int) -> tuple[Array, Array]:
-    """Factors, and the eigenvectors of what they were before, `(blocks, d, d)` each.
+    """Factors, and the eigenvectors of older factors, `(blocks, d, d)` each.
 
-    Both are averages over a few gradients, whose covariance has eigenvalues over two decades.
+    Both factors average a few gradients, whose covariance has eigenvalues over two decades.
     """
     scale = jnp.logspace(0, -1, length)
 
@@ -90,7 +91,7 @@ def refresh(method: str, factor: Array, basis: Array) -> Array:
 
 
 def contenders() -> dict[str, Callable[[Array, Array], Array]]:
-    """What is timed on `(factors, bases)`, by name."""
+    """The functions of `(factors, bases)` to time, by name."""
 
     def each(method: str) -> Callable[[Array, Array], Array]:
         return lambda factors, bases: lax.map(lambda one: refresh(method, *one), (factors, bases))
@@ -104,12 +105,12 @@ def contenders() -> dict[str, Callable[[Array, Array], Array]]:
 
 
 def rows_of(length: int, blocks: int, rounds: int) -> Iterator[Row]:
-    """Times all contenders alternately, on new factors in every round."""
+    """Times all methods and the floor alternately, on new factors in every round."""
     draw = jax.jit(factors_and_bases, static_argnums=(1, 2))
     functions = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     masses: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):  # The first compiles.
+    for number in range(rounds + 1):  # The first round compiles.
         factors, bases = jax.block_until_ready(draw(jax.random.key(number), blocks, length))
         for name, function in functions.items():
             started = time.perf_counter()
@@ -125,7 +126,7 @@ def rows_of(length: int, blocks: int, rounds: int) -> Iterator[Row]:
 
 @jax.jit
 def mean_mass(factors: Array, bases: Array) -> Array:
-    """The off-diagonal mass of the factors in the bases, mean over blocks."""
+    """The off-diagonal mass of the factors in the bases, averaged over blocks."""
     products = jnp.matmul(factors, bases, precision="highest")
     return jnp.mean(jax.vmap(orthonormality.off_diagonal_mass)(products, bases))
 

@@ -24,14 +24,14 @@ THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NPROC", "XLA_FLAG
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model of so many layers."""
+    """A model and its number of layers."""
 
     model: str
     layers: int
 
 
 def circumstances(program: str, arguments: Sequence[str]) -> str:
-    """Where, with what and how the numbers came about."""
+    """The device, versions, command and settings of a run."""
     versions = {
         "Python": platform.python_version(),
         "JAX": jax.__version__,
@@ -54,7 +54,7 @@ def circumstances(program: str, arguments: Sequence[str]) -> str:
 
 
 def processor() -> str:
-    """The name of the processor, as far as the system reports it."""
+    """The name of the processor, if the system reports one."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -125,7 +125,7 @@ def ratio(spread: Spread | None, quartiles: bool = True) -> str:
 
 
 def cycles_table(case: Case, steps: Sequence[CycleStep], frequency: int) -> str:
-    """How much longer the longest step of a cycle is than half of all steps."""
+    """The longest step of the cycles, relative to the median step."""
     by_name: dict[str, list[CycleStep]] = {}
     for step in steps:
         by_name.setdefault(step.contender, []).append(step)

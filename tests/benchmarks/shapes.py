@@ -1,12 +1,12 @@
 """The hidden parameters of real models, as shapes.
 
-Embeddings and output heads are left out. SOAP's users give them to AdamW (`default_labels`), which
+Embeddings and output heads are left out. SOAP's users give them to AdamW (`default_labels`). That
 costs every contender the same and would only move all ratios toward one. Norms and biases stay in:
-an optimizer of hidden layers has to deal with them, and the floor does not pay for them.
+an optimizer of hidden layers has to update them, and the floor does not pay for them.
 
-A model is as deep as asked. Its default depth is one that two cores and 24 GiB can time in minutes;
-the cost of a step and that of its floor are both proportional to the depth, so that their ratio
-does not depend on it.
+A model is as deep as asked. Two cores and 24 GiB can time the default depth in minutes. The costs
+of a step and of its floor are both proportional to the depth, so that their ratio does not depend
+on it.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A family of trees, and how an optimizer of matrices is to look at their leaves.
+    """A family of parameter trees, and the matrices in their leaves.
 
     Attributes:
-      tree: the tree of shapes of so many layers.
+      tree: the tree of shapes, from a number of layers.
       layers: the number of layers to time by default.
-      blocks: for the shape of a leaf, that of its blocks with their number in front, as in
-        `(8, 512, 256)`; None for a leaf that no preconditioner is for.
-      numbers: which axes of a leaf form a matrix, for Muon; None as before.
-      soap_options: arguments of `soap_optax.soap` by which it cuts the leaves into `blocks`.
+      blocks: the shape of a leaf's blocks, with their number in front, as in `(8, 512, 256)`; None
+        for a leaf without a preconditioner.
+      numbers: the axes of a leaf that form a matrix, for Muon; None as for `blocks`.
+      soap_options: arguments that make `soap_optax.soap` cut the leaves into `blocks`.
     """
 
     tree: Callable[[int], Any]
@@ -55,7 +55,7 @@ def params_of(model: Model, layers: int | None = None) -> Any:
 
 
 def transformer(width: int, hidden: int, fused: bool = False) -> Callable[[int], Any]:
-    """Attention of four matrices, or of two where query, key and value are one; and a plain MLP."""
+    """Attention with four matrices, or two if query, key and value are fused; and a plain MLP."""
     attention = {"qkv": (width, 3 * width)} if fused else dict.fromkeys("qkv", (width, width))
     layer = {
         "attention": {**attention, "out": (width, width)},
@@ -70,7 +70,7 @@ def transformer(width: int, hidden: int, fused: bool = False) -> Callable[[int],
 
 
 def mixture_of_experts(width: int, hidden: int, experts: int) -> Callable[[int], Any]:
-    """A transformer with gated experts, those of a layer stacked along a leading axis."""
+    """A transformer with gated experts; a layer stacks its experts along a leading axis."""
     layer = {
         "attention": dict.fromkeys(("query", "key", "value", "out"), (width, width)),
         "router": (width, experts),
@@ -108,7 +108,7 @@ LONGEST_MERGED = 2304  # 9 * 256
 
 
 def resnet50(deepest: int) -> dict[str, Any]:
-    """ResNet-50 with stages of at most so many residual blocks; kernels are HWIO."""
+    """ResNet-50 with at most `deepest` residual blocks in a stage; kernels are HWIO."""
     tree: dict[str, Any] = {"stem": with_norm((7, 7, 3, 64))}
     channels = 64
     for stage, (blocks, width) in enumerate(STAGES):
@@ -130,10 +130,11 @@ def with_norm(kernel: Shape) -> dict[str, Shape]:
 
 
 def merged_kernel(shape: Shape) -> Shape | None:
-    """What `merge_dims` makes of a kernel: `(9 * 64, 64)` of `(3, 3, 64, 64)`.
+    """A kernel's shape after `merge_dims`: `(9 * 64, 64)` for `(3, 3, 64, 64)`.
 
-    The longest, `(3, 3, 512, 512)`, become `(9, 512, 512)`: with the default bound of 10,000 they
-    would get factors of 4608, and the small kernels would become vectors, the stem one of 9408.
+    The longest kernels, `(3, 3, 512, 512)`, become `(9, 512, 512)`. The default bound of 10,000
+    would give them factors of 4608. It would also make vectors of the small kernels: the stem would
+    be one of 9408.
     """
     if len(shape) != 4:
         return None
@@ -148,7 +149,7 @@ def kernel_numbers(shape: Shape) -> MuonDimensionNumbers | None:
 
 
 def mlp(inputs: int, width: int) -> Callable[[int], Any]:
-    """A network as physics-informed ones are, without its output layer."""
+    """A physics-informed neural network, without its output layer."""
     return lambda layers: {
         f"layer_{number}": {"kernel": (width if number else inputs, width), "bias": (width,)}
         for number in range(layers)
@@ -171,12 +172,12 @@ MODELS = {
     "width_512": of_matrices(transformer(512, 2048), 4),
     "gpt2": of_matrices(transformer(768, 3072, fused=True), 2),  # 12 layers; GPT-2 small
     "gpt_256": of_matrices(transformer(256, 1024, fused=True), 12),
-    # The paper's (Vyas et al., 2024, section 5), both of 24 layers.
+    # The paper's models (Vyas et al., 2024, section 5), both with 24 layers.
     "360m": of_matrices(transformer(1024, 4096), 1),
     "660m": of_matrices(transformer(1408, 5632), 1),
     "resnet50": Model(
         resnet50,
-        1,  # 6 is all of it
+        1,  # 6 is the whole model
         merged_kernel,
         kernel_numbers,
         {"merge_dims": True, "max_precond_dim": LONGEST_MERGED},
@@ -184,7 +185,7 @@ MODELS = {
     "physics": of_matrices(mlp(2, 256), 8),
     # The proportions of OLMoE (64 experts of 2048 by 1024) at a quarter of its lengths.
     "moe": of_experts(mixture_of_experts(512, 256, 16), 2),
-    # For the tests of these programs; their times mean nothing.
+    # For the tests of these programs. Their times are not meaningful.
     "tiny": of_matrices(transformer(8, 16, fused=True), 2),
     "tiny_moe": of_experts(mixture_of_experts(8, 4, 3), 1),
 }

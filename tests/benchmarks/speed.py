@@ -3,23 +3,23 @@
     pip install ".[benchmarks]"
     python tests/benchmarks/speed.py --models width_512 gpt2 --rounds 5 --out out/speed
 
-prints Markdown tables and writes their numbers as CSV and as pictures. The measure of a step is the
-six-product floor: what the products that SOAP cannot do without take by themselves, in the same
-run, on the same shapes. A variant of SOAP joins by its options:
+prints Markdown tables, and writes their numbers as CSV and as pictures. The time of a step is
+relative to the six-product floor: the time of only the products that SOAP needs, in the same run,
+on the same shapes. To add a variant of SOAP, give its options:
 
     python tests/benchmarks/speed.py --models width_512 --soap "tiles:block_size=256"
 
-every step from one refresh to the next, with staggered blocks and without:
+To time every step from one refresh to the next, with staggered blocks and without:
 
     python tests/benchmarks/speed.py --what cycles --models width_512 --contenders soap \\
         --soap "stagger:stagger=True"
 
-and compile times over depth, and memory, take no steps:
+To measure compile times over depth, and memory, without taking steps:
 
     python tests/benchmarks/speed.py --what compile memory --models gpt_256 --out out/compile
 
-This is no pytest-benchmark, which times one function after another, because a machine's speed
-drifts by more than the rivals differ, so that they must alternate in one run.
+This does not use pytest-benchmark, which times one function after another. A machine's speed drifts
+by more than the rivals differ, so that they must alternate in one run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# OpenBLAS's threads and XLA's fight over the cores: a 256x256 QR has taken 500 ms with them and
-# 2 ms with this setting, which OpenBLAS reads when it is first imported.
+# OpenBLAS's threads and XLA's compete for the cores: a 256x256 QR has taken 500 ms with them, and
+# 2 ms with this setting. OpenBLAS reads it when it is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
@@ -71,11 +71,11 @@ class Settings(argparse.Namespace):
         return contenders_of(MODELS[model], self.contenders, dict(self.soap))
 
 
-# What is measured ---------------------------------------------------------------------------------
+# Measurements -------------------------------------------------------------------------------------
 
 
 def measure_steps(settings: Settings) -> None:
-    """Times steps model by model; files are written after each, so that none is lost."""
+    """Times steps model by model, and writes the files after each model, so that none is lost."""
     by_model: dict[str, list[Summary]] = {}
     records: list[dict[str, Any]] = []
     for name in settings.models:
@@ -114,7 +114,7 @@ def measure_compile_times(settings: Settings) -> None:
 
 
 def measure_memory(settings: Settings) -> None:
-    """Asks the compiler what updates hold."""
+    """Asks the compiler for the memory of updates."""
     records: list[dict[str, Any]] = []
     for name in settings.models:
         case = Case(name, settings.layers_of(name))
@@ -127,7 +127,7 @@ def measure_memory(settings: Settings) -> None:
 
 
 def measure_cycles(settings: Settings) -> None:
-    """Times every step of two cycles of refreshes, of the contenders that have any."""
+    """Times every step of two refresh cycles, for the contenders that refresh."""
     records: list[dict[str, Any]] = []
     for name in settings.models:
         model, case = MODELS[name], Case(name, settings.layers_of(name))
@@ -192,7 +192,7 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(arguments)
-    # On a GPU or TPU the default would give SOAP's projections fewer digits than the floor's.
+    # On a GPU or TPU the default would give SOAP's rotations fewer digits than the floor's.
     jax.config.update("jax_default_matmul_precision", "highest")
     if settings.out:
         settings.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What ends a program that sits still."""
+"""A time limit for programs that hang."""
 
 import faulthandler
 from collections.abc import Callable, Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def unless_stalled(seconds: int) -> Iterator[Callable[[], bool]]:
-    """Ends the process, with its stacks, where what this gives has not been called for so long.
+    """Ends the process with a traceback if nothing calls the yielded function for `seconds`.
 
-    jaxlib 0.10 on two cores hangs now and then when every leaf has its own decomposition, as the
-    textbook has. More threads in XLA's pool prevent it: `NPROC=4` in the environment.
+    jaxlib 0.10 on two cores sometimes hangs when every leaf has its own decomposition, as in the
+    textbook. More threads in XLA's pool prevent it: set `NPROC=4` in the environment.
     """
 
     def still_alive() -> bool:

@@ -1,4 +1,4 @@
-"""The program that measures training runs measures what it says."""
+"""The program that measures training runs reports correct numbers."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ import variants
 from variants import read_variant
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # What other packages say at import is not under test.
+    warnings.simplefilter("ignore")  # Warnings of other packages at import are not under test.
     import quality
     import quality_results
     import training
@@ -113,7 +113,7 @@ def test_a_run_waits_at_least_every_fifty_steps() -> None:
     assert training.stretches(10, 75, 140) == [10, 60, 75, 110, 140]
 
 
-# What runs come to --------------------------------------------------------------------------------
+# Summaries ----------------------------------------------------------------------------------------
 
 
 def run_with(
@@ -143,7 +143,7 @@ def test_variants_are_compared_seed_by_seed() -> None:
     assert one.difference == {0: 0.0, 1: 0.0}
     assert two.difference == pytest.approx({0: 0.5, 1: 0.7})
     assert (one.adopted, two.adopted) == (0.3, 1.0)
-    assert one.off_diagonal_mass == 0.375  # of steps 1 and 2; there is none before
+    assert one.off_diagonal_mass == 0.375  # the mean of steps 1 and 2; step 0 has none
     assert (one.rejected_refreshes, one.state_bytes) == (3, 1000)
     assert (one.seconds_per_step, two.seconds_per_step) == (1.0, 4.0)
     assert (one.diverged, two.diverged) == (0, 1)
@@ -193,9 +193,9 @@ def output_of(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the standard output of a run with the smallest of everything."""
+    """The folder and the standard output of a run with the smallest settings."""
     out = tmp_path_factory.mktemp("quality") / "made" / "here"
-    # To compile takes most of the time by far.
+    # Compiling takes most of the time by far.
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:

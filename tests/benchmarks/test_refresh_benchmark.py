@@ -1,4 +1,4 @@
-"""The benchmark of refreshes: what it measures, not how long that takes."""
+"""The benchmark of refresh methods reports correct numbers; nothing here asserts a time."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The programs that measure speed measure what they say; nothing here asserts a time."""
+"""The programs that measure speed report correct numbers; nothing here asserts a time."""
 
 import argparse
 import csv
@@ -89,7 +89,7 @@ def test_a_plain_step_that_refreshes_is_an_error() -> None:
     contender = contenders.soap(ONE_MATRIX)
     draw = measure.gradients_of(shapes.params_of(ONE_MATRIX))
     runner = measure.Runner("soap", contender, draw(0))
-    # Without a warm-up the second step makes the first bases, which is no plain step.
+    # Without a warm-up the second step computes the first bases, so that it is no plain step.
     runner.time(draw(1), "plain")
     with pytest.raises(RuntimeError, match="soap: a plain step refreshed"):
         runner.time(draw(2), "plain")
@@ -154,7 +154,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the standard output of a run with the smallest of everything."""
+    """The folder and the standard output of a run with the smallest settings."""
     out = tmp_path_factory.mktemp("speed") / "made" / "here"
     arguments = ["--models", "tiny", "--layers", "1", "--rounds", "2", "--depths", "1"]
     arguments += ["--frequency", "3"]

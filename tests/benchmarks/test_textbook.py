@@ -1,4 +1,4 @@
-"""The textbook that speed is compared with computes the same algorithm."""
+"""The textbook SOAP, a baseline for speed, computes the same updates as `soap_optax`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SHAPES = {"tall": (6, 4), "cube": (3, 2, 4), "vector": (7,)}
 
 
 def with_full_rank_factors(state: TextbookState) -> TextbookState:
-    """The null space of a factor of few gradients has no one basis: both begin without any."""
+    """Both begin without a null space, whose basis a few gradients would not determine."""
     leaves = tuple(
         leaf._replace(factors=tuple(jnp.asarray(full_rank_factor(len(f))) for f in leaf.factors))
         for leaf in state.leaves
@@ -44,7 +44,7 @@ def test_the_textbook_gives_the_updates_of_soap_optax(frequency: int) -> None:
         states = [state for _, state in results]
         (expected, _), (updates, _) = results
         for name in SHAPES:
-            # Rounding, which 25 steps of orthogonal iteration amplify a little.
+            # Only rounding differs. 25 steps of orthogonal iteration amplify it a little.
             np.testing.assert_allclose(
                 updates[name], expected[name], rtol=1e-8, atol=1e-10, err_msg=f"{name}, {number}"
             )

@@ -1,4 +1,4 @@
-"""The profile of a step puts every operation where it belongs; nothing here asserts a time."""
+"""The profile of a step assigns every operation to its part; nothing here asserts a time."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_an_operation_belongs_where_it_was_written(
 
 @pytest.mark.long
 def test_no_product_of_a_large_layer_is_missed() -> None:
-    """At this size newer versions of XLA fuse products with what follows them."""
+    """At this size newer versions of XLA fuse products with later operations."""
     text = program_of("width_512")
     fusions = where_time_goes.computations_with_products(text)
     products = re.findall(r"%([\w.-]+) = [^\n]* dot\(", text)
@@ -91,7 +91,7 @@ def test_the_program_prints_a_table_of_plain_and_refresh_steps() -> None:
     milliseconds = {
         part: (float(plain), float(refresh)) for part, (plain, _, refresh, _) in by_part.items()
     }
-    # A plain step refreshes nothing: what is traced of it there is the question whether to.
+    # A plain step refreshes nothing. It only checks whether a refresh is due.
     plain, refresh = milliseconds["refresh: products"]
     assert plain == 0
     assert refresh > 0

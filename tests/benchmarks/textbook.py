@@ -1,15 +1,15 @@
-"""SOAP leaf by leaf, as a textbook has it: Algorithm 3 of Vyas et al. (2024), and nothing else.
+"""SOAP leaf by leaf, as in a textbook: Algorithm 3 of Vyas et al. (2024), and nothing else.
 
-This is the structure that ports of the algorithm share, and what `soap_optax` is measured against:
+Ports of the algorithm share this structure, and `soap_optax` is measured against it:
 
 - every leaf has its own products, its own conditional and its own decompositions;
 - the first moment stays in the parameters' coordinates and is projected in every step, eight
   products for a matrix instead of six;
 - a refresh comes at the end of the step that makes it due.
 
-Within that structure it is as good as can be: the second moment is permuted along with the columns,
-nothing is computed for a refresh that is not due, and the Rayleigh quotients reuse the product that
-the QR decomposition needs. Options, guards and mixed precision are left out.
+Within that structure it wastes nothing. The second moment is permuted along with the columns. A
+refresh that is not due costs nothing. The Rayleigh quotients reuse the product that the QR
+decomposition needs. Options, guards and mixed precision are left out.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ from jax.typing import ArrayLike
 
 
 class LeafState(NamedTuple):
-    """What is remembered of one leaf; a vector has no factors and no bases."""
+    """The state of one leaf; a vector has no factors and no bases."""
 
     factors: tuple[Array, ...]  # L, R: (d, d)
     bases: tuple[Array, ...]  # Q_L, Q_R: (d, d)
     mu: Array  # M, in the coordinates of the parameters
-    nu: Array  # V, in those of the eigenbasis
+    nu: Array  # V, in the coordinates of the eigenbasis
 
 
 class TextbookState(NamedTuple):
     """The state of `scale_by_textbook_soap`."""
 
     step: Array
-    refreshes: Array  # of the bases of all leaves at once, the first included
+    refreshes: Array  # of all bases at once, including the first bases
     leaves: tuple[LeafState, ...]
 
 
@@ -90,7 +90,7 @@ def init_leaf(leaf: Array) -> LeafState:
 def step_leaf(
     grad: Array, state: LeafState, step: Array, due: Array, b1: float, b2: float, eps: float
 ) -> tuple[Array, LeafState]:
-    """One step of one leaf; step 0 fills the factors, makes the first bases and moves nothing."""
+    """One step of one leaf; step 0 fills the factors, computes the first bases, returns zeros."""
     applied = step > 0
     rotated_grad = rotate(grad, state.bases)  # G' = Q_L^T G Q_R
     mu = jnp.where(applied, b1 * state.mu + (1 - b1) * grad, state.mu)  # M
@@ -157,7 +157,7 @@ def rotate_back(x: Array, bases: Sequence[Array]) -> Array:
 
 def multiply_along(matrix: Array, x: Array, axis: int) -> Array:
     """Multiplies every vector along an axis of `x` by a matrix, from the left."""
-    if axis == 0:  # `matrix @ x`, for a matrix `x`: nothing is to be moved.
+    if axis == 0:  # For a matrix `x` this is `matrix @ x`: no axis needs to move.
         return jnp.tensordot(matrix, x, axes=1)
     return jnp.moveaxis(jnp.tensordot(x, matrix, axes=(axis, 1)), -1, axis)
 

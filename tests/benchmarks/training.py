@@ -37,14 +37,14 @@ from pretrain_lm import (
     warmed_up,
 )
 
-EVALUATIONS = 20  # of a run, apart from the one before the first step
-LONGEST_STRETCH = 50  # steps that are dispatched before the last of them is waited for
+EVALUATIONS = 20  # in a run, after the one before the first step
+LONGEST_STRETCH = 50  # the number of steps to dispatch before waiting for the last one
 LEARNING_RATES = {name: OPTIMIZERS[name].learning_rate for name in ("soap", "adamw")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What every optimizer is to learn, and for how long."""
+    """The model, the text and the number of steps, equal for all optimizers."""
 
     size: Size
     steps: int
@@ -68,7 +68,7 @@ class Task:
         return jax.tree.leaves(make_model(self.size, seed)[0])
 
     def loss(self) -> Callable[[list[Array], Array], Array]:
-        """The loss from a list of parameters, which JAX passes on faster than it does Flax's."""
+        """The loss from a list of parameters, which JAX passes on faster than a Flax state."""
         made = {}
 
         def params() -> Any:
@@ -92,7 +92,7 @@ EXAMPLES_OPTIONS: Mapping[str, Any] = {"weight_decay": WEIGHT_DECAY}
 def soap(
     learning_rate: float, steps: int, options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """The example's SOAP, but for the options."""
+    """The example's SOAP, with these options."""
     rate = warmed_up(learning_rate, steps)
     return clipped(soap_optax.soap(rate, **{**EXAMPLES_OPTIONS, **options}))
 
@@ -111,19 +111,18 @@ def clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 class Evaluation(NamedTuple):
-    """What is measured at every twentieth of a run; NaN where an optimizer has no such thing.
+    """Measurements at every twentieth of a run; NaN if the optimizer does not have one.
 
     Attributes:
       step: steps so far.
       train_loss: mean since the last evaluation; NaN before the first step.
       held_out_loss: NaN where this or a training loss is not finite, which ends the run.
-      mass_step: the step of the next attribute, one of those since the last evaluation, at another
-        place between the two each time, so that it falls on refreshes no more often than others.
-      off_diagonal_mass: that of the factors in their bases, as `soap_optax.diagnostics` gives it
-        with `sample=1`, the largest over block shapes. The bases are those by which the step was
-        taken, and the factors hold the step's gradient.
-      adopted: bases that SOAP adopted so far, summed over blocks.
-      adoptable: what a refresh in every step would have come to.
+      mass_step: the step of the next attribute. Its place between two evaluations varies, so that
+        it falls on a refresh no more often than other steps.
+      off_diagonal_mass: the largest over block shapes, from `soap_optax.diagnostics` with
+        `sample=1`. The step used these bases, and the factors include the step's gradient.
+      adopted: the number of adopted bases so far, summed over blocks.
+      adoptable: the same number if every step had refreshed all bases.
       rejected_refreshes: so far, summed over blocks.
       rejected_gradients: so far, summed over blocks and parameters with no preconditioner.
       seconds_per_step: mean since the last evaluation, of training alone; NaN before the first.
@@ -185,13 +184,13 @@ def compile_program(optimizer: optax.GradientTransformation, task: Task) -> Prog
 
 
 def examine(state: Any) -> dict[str, Array]:
-    """Scalars of `Evaluation`, where the state is SOAP's."""
+    """Scalars of `Evaluation`, if the state is SOAP's."""
     stacks = optax.tree_utils.tree_get(state, "stacks", {})
     if not stacks:
         return {}
     scalars = soap_optax.diagnostics(state, sample=1)
     masses = [scalar for name, scalar in scalars.items() if name.endswith("/off_diagonal_mass")]
-    # The first gradient only fills the factors, and one that is rejected refreshes nothing.
+    # The first gradient only fills the factors, and a rejected gradient refreshes nothing.
     updates = [jnp.sum(jnp.maximum(stack.accepted_gradients - 1, 0)) for stack in stacks.values()]
     return {
         "off_diagonal_mass": functools.reduce(jnp.maximum, masses),
@@ -208,8 +207,8 @@ def train(
     """Trains until the last step, or until a loss is not finite.
 
     Args:
-      program: what to run.
-      task: what it was compiled for.
+      program: the compiled programs to run.
+      task: the task for which they were compiled.
       seed: decides the initial weights and the batches.
       advance: called with the number of steps that were just taken.
     """
@@ -246,7 +245,7 @@ def train(
 
 
 def evaluation(program: Program, params: list[Array], state: Any) -> Evaluation:
-    """What parameters and state say, before the first step."""
+    """The evaluation of parameters and state, without the attributes that need training steps."""
     values: dict[str, Any] = dict.fromkeys(Evaluation._fields, math.nan)
     values |= {name: float(scalar) for name, scalar in program.examine(state).items()}
     values |= {"step": 0, "mass_step": 0, "off_diagonal_mass": math.nan}
@@ -259,11 +258,11 @@ def evaluated_steps(steps: int) -> list[int]:
 
 
 def place_of(number: int, length: int) -> int:
-    """A place from 1 to `length`: fractions of the multiples of the golden ratio lie evenly."""
+    """A place from 1 to `length`; multiples of the golden ratio, modulo 1, spread it evenly."""
     golden = (math.sqrt(5) - 1) / 2
     return 1 + math.floor(math.modf((number + 1) * golden)[0] * length)
 
 
 def stretches(start: int, middle: int, stop: int) -> list[int]:
-    """The steps at which to wait, between which there are at most `LONGEST_STRETCH`."""
+    """The steps at which to wait, at most `LONGEST_STRETCH` apart."""
     return sorted({*range(start, stop, LONGEST_STRETCH), middle, stop})

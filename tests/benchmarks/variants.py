@@ -18,9 +18,9 @@ class Variant:
     """Arguments of `soap_optax.soap`.
 
     Attributes:
-      name: what it is called.
+      name: the variant's name.
       options: the arguments.
-      text: the same as they were written, in alphabetical order and without blanks.
+      text: the arguments as written, in alphabetical order and without blanks.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Variant:
 
 
 def read_variant(text: str, reserved: Collection[str]) -> Variant:
-    """Reads a variant; its name alone means no options, and a reserved one is an error."""
+    """Reads a variant. A name alone means no options; a reserved name is an error."""
     name, _, rest = text.partition(":")
     parts = COMMA_OUTSIDE_BRACKETS.split(re.sub(r"\s", "", rest))
     pairs = sorted(part.partition("=") for part in parts if part)
@@ -46,7 +46,7 @@ def read_variant(text: str, reserved: Collection[str]) -> Variant:
 
 
 def value_of(text: str) -> Any:
-    """A schedule from `thinning(dense,most)`, a Python literal, or else the string itself."""
+    """A schedule for `thinning(dense,most)`, a Python literal, or otherwise the string itself."""
     if match := THINNING.fullmatch(text):
         arguments = literal(match[1])
         return soap_optax.thinning_frequency(

@@ -1,11 +1,11 @@
-"""Where the time of a step goes: a profile of SOAP's update, by its parts and their operations.
+"""Profiles SOAP's update: the share of the time that each part of a step takes.
 
     pip install ".[benchmarks]"
     python tests/benchmarks/where_time_goes.py --models width_512 --layers 1
 
-traces steps that refresh nothing and steps that refresh everything, and prints what share of the
-traced time each part has: the products with bases, Gram matrices, decompositions, and so on. The
-shares are of the time that operations take, added up over all threads or streams.
+traces steps that refresh nothing and steps that refresh everything. It prints the share of each
+part in the traced time: the products with bases, Gram matrices, decompositions, and so on. The
+traced time is the time of all operations, added up over all threads or streams.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
+# OpenBLAS's threads and XLA's compete for the cores. OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
@@ -37,16 +37,16 @@ INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = .*? (?P<opcode>[\w-]+)\(.*?"
     r'(?:custom_call_target="(?P<target>[^"]*)".*?)?(?:op_name="(?P<path>[^"]*)".*)?$'
 )
-# They hold operations that are traced by themselves.
+# The operations inside these are traced separately.
 CONTAINERS = ("while", "conditional", "call")
 DECOMPOSITION = re.compile(r"geqrf|orgqr|householder|syevd|eigh|potrf|cholesky|trsm|triangular_sol")
 
 
 def part_of(path: str, target: str, is_product: bool) -> str:
-    """The part of a step that an operation belongs to, from where in the program it was written.
+    """The part of a step to which an operation belongs, from its place in the traced program.
 
-    Products that are not a refresh's are the step's, also those that XLA for CPUs fused with what
-    follows, or whose origin it forgot.
+    Every product outside a refresh belongs to the step. XLA for CPUs fuses some with later
+    operations, and forgets the origin of others.
     """
     if "/refresh/" in path:
         if DECOMPOSITION.search(path + target):
@@ -60,7 +60,7 @@ def part_of(path: str, target: str, is_product: bool) -> str:
 
 
 def parts_by_name(program: str) -> dict[str, str]:
-    """The part of every operation in the text of a compiled program, by its name."""
+    """The part of every operation in the text of a compiled program, by the operation's name."""
     with_products = computations_with_products(program)
     parts = {}
     for line in program.splitlines():
@@ -78,7 +78,7 @@ def parts_by_name(program: str) -> dict[str, str]:
 
 
 def computations_with_products(program: str) -> set[str]:
-    """The computations of a program, such as those of its fusions, that multiply matrices."""
+    """The computations of a program that multiply matrices, such as fused ones."""
     found, name = set(), ""
     for line in program.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*{$", line):
@@ -108,7 +108,7 @@ def profile(
     update = update.compile()
     parts = parts_by_name(update.as_text())
     state = jax.jit(contender.init)(params)
-    for number in range(2):  # After these there are bases.
+    for number in range(2):  # The second step computes the first bases.
         _, state = update(draw(number), state, params, jnp.asarray(NEVER))
     found = {}
     for kind, frequency in (("plain", NEVER), ("refresh", ALWAYS)):
@@ -127,7 +127,7 @@ def profile(
 
 
 def table_of(title: str, spent: Mapping[str, Mapping[str, float]]) -> str:
-    """Milliseconds and shares by part, the largest of a refresh step first."""
+    """Milliseconds and shares by part, sorted by their time in a refresh step."""
     lines = [
         f"### {title}",
         "",
