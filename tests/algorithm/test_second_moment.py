@@ -112,7 +112,7 @@ def test_estimate_keeps_the_scale_of_its_marginals(shape: Shape, size: float) ->
     estimate = np.asarray(second_moment.estimate(tuple(jnp.float32(size) * m for m in marginals)))
     assert np.isfinite(estimate).all()
     if size >= np.finfo(np.float32).tiny:
-        # Smaller means have few bits left, or are flushed to zero.
+        # Below the smallest normal number, a mean has few bits left, or is flushed to zero.
         np.testing.assert_allclose(estimate, size * dense, rtol=ROUNDING)
 
 

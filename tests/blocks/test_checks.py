@@ -90,7 +90,7 @@ def test_the_state_decides_the_dtype_of_statistics_and_the_gradient_that_of_upda
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32}
     assert np.dtype(np.float64) not in dtypes
     for name, leaf in found.items():
-        assert leaf.dtype == np.float64  # As those of `optax.adamw`.
+        assert leaf.dtype == np.float64  # As in `optax.adamw`.
         # Decay and learning rate multiply in float64 here, and in float32 there.
         np.testing.assert_allclose(leaf, wanted[name], rtol=1e-6)
     applied = optax.apply_updates(jax.tree.map(jnp.asarray, params), found)

@@ -1,4 +1,4 @@
-"""`dimension_numbers`: matrices made of several axes, and batch axes wherever they stand."""
+"""`dimension_numbers`: matrices made of several axes, and batch axes in any position."""
 
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ def test_a_scanned_stack_equals_its_layers_one_by_one_wherever_the_layer_axis_st
         ((3, 6, 5), MuonDimensionNumbers(-2, -1), 0),  # Layers first.
         ((2, 3, 6, 5), MuonDimensionNumbers(-2, -1), 0),  # Layers, then experts.
         ((3, 6, 5, 2), MuonDimensionNumbers(1, (2, 3)), 0),  # Layers of d, heads, head_dim.
-        ((6, 3, 5), MuonDimensionNumbers(0, 2), 2),  # Layers in between: once in, once out.
+        ((6, 3, 5), MuonDimensionNumbers(0, 2), 2),  # Layers in between: one copy each way.
     ],
 )
 def test_a_scanned_stack_becomes_blocks_without_a_copy(shape, numbers, copies):
@@ -60,11 +60,11 @@ def test_a_scanned_stack_becomes_blocks_without_a_copy(shape, numbers, copies):
 
 
 def copies_all_of(size: int, equation: Any) -> bool:
-    """Whether an operation moves all entries of a leaf, and not only views them otherwise."""
+    """Whether an operation moves all entries of a leaf, instead of only reshaping it."""
     if equation.outvars[0].aval.size != size:
         return False
     name = equation.primitive.name
-    if name == "transpose":  # Of axes of length 1 it moves nothing.
+    if name == "transpose":  # To transpose axes of length 1 moves nothing.
         order = equation.params["permutation"]
         longer = [axis for axis in order if equation.invars[0].aval.shape[axis] > 1]
         return longer != sorted(longer)
@@ -92,7 +92,7 @@ def test_several_axes_on_a_side_are_one_side_of_the_matrix():
 def test_rows_and_columns_may_be_swapped():
     grads = gradients((6, 5))
     updates = run(grads[0], grads, dimension_numbers=MuonDimensionNumbers(1, 0))
-    # The products of the transposed matrix sum in another order: float32 rounding over the steps.
+    # Products of the transposed matrix add in another order, and float32 rounding adds up.
     for update, expected in zip(updates, run(grads[0], grads), strict=True):
         np.testing.assert_allclose(update, expected, atol=1e-4)
 
@@ -102,7 +102,7 @@ def test_none_means_adam():
     vectors = [grad.ravel() for grad in grads]
     updates = run({"w": grads[0]}, [{"w": g} for g in grads], dimension_numbers={"w": None})
     for update, expected in zip(updates, run(vectors[0], vectors), strict=True):
-        # Two programs, whose loops the compiler may vectorise differently: a few float32 roundings.
+        # The compiler may vectorize the two programs differently: a few float32 roundings.
         np.testing.assert_allclose(update["w"].ravel(), expected, rtol=1e-5, atol=1e-6)
 
 

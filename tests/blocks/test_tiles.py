@@ -1,4 +1,4 @@
-"""Tiles and merged axes: every entry is in one block and comes back to its place."""
+"""Tiles and merged axes: every entry is in one block, and returns to its place in the leaf."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ def test_blocks_hold_every_entry_once_and_scatter_to_the_same_leaves(
 ) -> None:
     shapes, options = tree_and_options
     total = sum(map(math.prod, shapes))
-    entries = np.arange(1, total + 1, dtype=np.float32)  # A zero comes from nowhere.
+    entries = np.arange(1, total + 1, dtype=np.float32)  # No entry is 0, which padding is.
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = np.split(entries, ends[:-1])
     leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -61,7 +61,7 @@ def test_blocks_hold_every_entry_once_and_scatter_to_the_same_leaves(
         seen.extend(np.ravel(grad) for grad in grads)
         return grads, state
 
-    # With the equations taken out, what comes out of an update is what went in.
+    # Without SOAP's equations, an update returns its input.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stacks, "update_stack", keep_stack)
         patch.setattr(stacks, "update_adam", keep_adam)
@@ -114,10 +114,10 @@ MERGED = [
     # Exactly at the limit, and one beyond it.
     ((4, 5), 20, (20,)),
     ((4, 5), 19, (4, 5)),
-    # An axis that is too long by itself stays by itself.
+    # An axis longer than the limit is not merged.
     ((2, 3, 100, 4, 5), 30, (6, 100, 20)),
     ((100, 100), 30, (100, 100)),
-    # Axes of length 1 vanish, but for the last one left.
+    # Axes of length 1 vanish, except if no other axis is left.
     ((1, 1, 1), 10, (1,)),
     ((1, 50, 1), 10, (50,)),
     # Vectors and scalars are not merged.

@@ -20,7 +20,7 @@ def test_tpus_take_their_own_operation_for_eigenvectors_of_any_length(length: in
     exported = export.export(eigenvectors, platforms=["tpu"])(factor, rows)
     program = exported.mlir_module()
     assert "@Eigh" in program
-    # What JAX calls beyond a length of 256 loops, and has polar and QR decompositions besides.
+    # Above a length of 256, JAX would call a loop with polar and QR decompositions.
     assert "stablehlo.while" not in program
 
 

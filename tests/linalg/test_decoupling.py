@@ -51,17 +51,17 @@ def test_eigenvectors_without_a_row_of_zeros_are_those_of_eigh() -> None:
 def test_a_qr_with_their_unit_vectors_first_decouples_them_even_if_columns_vanish(
     vanishing: int, length: int
 ) -> None:
-    """800 columns are decomposed by panels on CPUs."""
+    """CPUs decompose 800 columns by panels."""
     rng = np.random.default_rng(0)
     rows = np.arange(length) % 3 == 0
     unit_vectors = np.eye(length)[:, rows]
     others = np.where(rows[:, None], 0, rng.normal(size=(length, length - rows.sum())))
-    others[:, vanishing:5] = 0  # Null directions without a rounding error.
+    others[:, vanishing:5] = 0  # These null directions have no rounding error.
     matrix = jnp.asarray(np.hstack([unit_vectors, others]), jnp.float32)
     found = np.asarray(with_unit_vectors(orthonormalize(matrix), jnp.asarray(rows)))
     np.testing.assert_array_equal(found[:, : rows.sum()], unit_vectors)
     assert np.all(found[rows, rows.sum() :] == 0)
-    # A few roundings of float32 in each of the columns.
+    # Each column has a few roundings of float32.
     np.testing.assert_allclose(found.T @ found, np.eye(length), atol=1e-6 * length**0.5)
 
 

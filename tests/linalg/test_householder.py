@@ -1,4 +1,4 @@
-"""The QR decomposition out of products, and where it is used."""
+"""The QR decomposition made of products, and the matrices for which it is used."""
 
 import re
 
@@ -13,7 +13,7 @@ from soap_optax.linalg import decompositions, householder, orthonormality
 
 LENGTHS = mostly_long([1, 2, 5, 6, 7, 13, 36, 40], short=[1, 7, 40])
 
-# Entries of orthonormal matrices after some hundred operations in float64.
+# For entries of orthonormal matrices, after some hundred operations in float64.
 ROUNDING = 1e-13
 
 orthonormal_factor = jax.jit(householder.q_from_panels)
@@ -27,7 +27,7 @@ def check_that_it_triangularizes(matrix: np.ndarray) -> None:
     found = np.asarray(orthonormal_factor(jnp.asarray(matrix)))
     d = len(matrix)
     np.testing.assert_allclose(found.T @ found, np.eye(d), rtol=0, atol=ROUNDING)
-    # Column by column, because their sizes may differ by many orders of magnitude.
+    # Each column is scaled, because their sizes may differ by many orders of magnitude.
     sizes = np.linalg.norm(matrix, axis=0)
     below = np.tril(found.T @ matrix, -1) / np.where(sizes > 0, sizes, 1)
     np.testing.assert_allclose(below, np.zeros((d, d)), rtol=0, atol=ROUNDING)
@@ -40,7 +40,7 @@ def test_it_equals_lapacks_but_for_signs(d: int) -> None:
     found = np.asarray(orthonormal_factor(jnp.asarray(matrix)))
     wanted, _ = np.linalg.qr(matrix)
     signs = np.sign(np.sum(found * wanted, axis=0))
-    # Columns are as sensitive as the matrix is ill-conditioned, here by less than a thousand.
+    # The condition number, below a thousand here, amplifies the rounding of the columns.
     np.testing.assert_allclose(found, signs * wanted, rtol=0, atol=1e-11)
     check_that_it_triangularizes(matrix)
 
@@ -61,14 +61,14 @@ def test_every_matrix_has_an_orthonormal_factor(d: int) -> None:
 
 @pytest.mark.parametrize("spoiled", [np.nan, np.inf])
 def test_a_non_finite_matrix_gives_no_orthonormal_factor(spoiled: float) -> None:
-    # Not the last entry of all: that decides nothing but the last of the triangular factor.
+    # The last entry of the matrix is not among them: it only affects the triangular factor.
     for place in [(0, 0), (39, 0), (39, 38), (20, 3), (3, 20)]:
         matrix = random_matrix(40, 40).astype(np.float32)
         matrix[place] = spoiled
         assert not orthonormality.is_orthonormal(orthonormal_factor(jnp.asarray(matrix)))
 
 
-# Where it is used.
+# The matrices for which it is used.
 
 
 def program_of(length: int, platform: str) -> str:

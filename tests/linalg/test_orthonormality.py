@@ -1,4 +1,4 @@
-"""Whether a basis is orthonormal, and the nearest one that is."""
+"""Checks that a basis is orthonormal, and the nearest orthonormal basis."""
 
 from typing import Any
 
@@ -49,7 +49,8 @@ def test_the_largest_magnitude_of_any_number_of_entries_shows_a_nan(size: int, d
 
 @pytest.mark.parametrize("d", mostly_long([1, 8, 100], short=[8, 100]))
 def test_a_factor_is_finite_up_to_the_largest_trace_of_accepted_gradients(d: int) -> None:
-    # Gradients whose sum of squares is a quarter of the largest number; all rows are equal.
+    # The factor of gradients with equal rows, whose sum of squares is a quarter of the largest
+    # number.
     factor = jnp.full((d, d), float(jnp.finfo(jnp.float32).max) / 4 / d)
     assert is_finite(factor)
     for value in (jnp.nan, jnp.inf, -jnp.inf):
@@ -77,7 +78,7 @@ def test_the_nearest_orthonormal_matrix_is_that_of_the_singular_vectors(
     left, _, right = np.linalg.svd(matrix)
     found = nearest_orthonormal(jnp.asarray(matrix, jnp.float32))
     assert is_orthonormal(found)
-    # An eighth of the tolerance remains, 4e-5, as several vectors of signs see it.
+    # An eighth of the tolerance may remain, 4e-5, measured with several vectors of signs.
     np.testing.assert_allclose(found, left @ right, atol=1e-4)
 
 

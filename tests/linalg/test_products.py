@@ -1,4 +1,4 @@
-"""Gram matrices, whole and in parts."""
+"""Gram matrices, computed at once and in parts."""
 
 from typing import Any
 

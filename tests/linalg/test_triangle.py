@@ -17,7 +17,7 @@ def test_folding_stores_a_symmetric_matrix_in_half_of_the_numbers(d: int) -> Non
     folded = fold(symmetric)
     assert folded.shape == triangle.folded_shape(d)
     entries = d * (d + 1) // 2
-    # An odd number of rows leaves half a row.
+    # With an odd number of rows, half a row is left over.
     assert folded.size == entries + (d + 1) // 2 * (d % 2)
     assert set(lower[lower > 0]) <= set(np.ravel(folded).tolist())
     np.testing.assert_array_equal(unfold(folded, d), symmetric)

@@ -1,8 +1,8 @@
 """Refreshes end on any machine: see `soap_optax.linalg.decompositions` on conditionals.
 
-A hang cannot be caught inside the process that hangs, and depends on the number of threads that the
-runtime and BLAS start. So the refreshes run in a fresh process, as a user would start it: with no
-variable set that changes the number of threads.
+A process cannot catch its own hang. A hang depends on the number of threads that the runtime and
+BLAS start. The refreshes therefore run in a new process, as a user would start it: no variable
+changes the number of threads.
 """
 
 import os
@@ -13,11 +13,11 @@ import sys
 import pytest
 from helpers.cases import mostly_long, named
 
-# Each process takes some ten seconds, most of them to compile. The limit is only there for one that
-# would never end, and leaves room for a machine that is busy with other things.
+# Each process takes some ten seconds, most of them to compile. Only a process that hangs reaches
+# the limit, on a busy machine too.
 LIMIT_IN_SECONDS = 480
 
-# They change the number of threads, or how programs are compiled.
+# These variables change the number of threads, or how programs are compiled.
 VARIABLES = (
     *("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS", "NPROC"),
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
@@ -66,8 +66,8 @@ def scanned(tree, steps, seeds=None, **options):
     finish(jax.jit(train)(grads), steps - 1)
 """
 
-# With jaxlib 0.10 on two cores, refreshes that decompose eight matrices of 96x96 or 128x128 in one
-# batch hung in every second run or so, and smaller ones never: hence these sizes.
+# These are sizes that hung. With jaxlib 0.10 on two cores, refreshes that decompose eight matrices
+# of 96x96 or 128x128 in one batch hung in about every second run. Smaller matrices never hung.
 CASES = {
     "jitted steps": """
 step_by_step({"a large matrix": (256, 256)}, steps=3)  # With threads, a second each on two cores.

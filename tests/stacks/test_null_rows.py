@@ -1,4 +1,4 @@
-"""Rows without a gradient do not move, and null directions get nothing made of rounding."""
+"""Rows without a gradient get zero updates, and null directions get no updates from rounding."""
 
 import functools
 from collections.abc import Callable
@@ -63,7 +63,7 @@ SHORT = ("defaults", "jacobi", "partial after", "factored", "tiles", "kl")
 
 
 def dead(shape: tuple[int, ...]) -> np.ndarray:
-    """Where entries never get a gradient: every third row and every fourth column."""
+    """A mask of entries without any gradient: every third row and every fourth column."""
     rows, columns = np.arange(shape[-2]) % 3 == 0, np.arange(shape[-1]) % 4 == 1
     return np.broadcast_to(rows[:, None] | columns[None, :], shape)
 
@@ -118,11 +118,11 @@ def test_a_row_moves_from_its_first_gradient_on_as_in_float64(name: str) -> None
     found = updates_of(name, 1.0, jnp.float32, revived=True)
     wanted = updates_of(name, 1.0, jnp.float64, revived=True)
     assert np.abs(wanted[REVIVED][..., 3, :]).max() > 0.05
-    # Rounding in float32, and one scale for all rows, to which null directions contribute. A row
-    # that moves by a wrong basis is off by its whole size.
+    # The difference is float32's rounding. Null directions contribute to the scale that all rows
+    # share. A wrong basis would change a row's update by its whole size.
     if "factor_estimator" not in OPTIONS[name]:
-        # Rounding decides the basis of the null space of the first `L`, and with KL factors this
-        # basis decides how `R` is whitened.
+        # With KL factors, the basis of the null space of the first `L` decides how `R` is whitened,
+        # and rounding decides that basis.
         np.testing.assert_allclose(
             found[REVIVED][..., 3, :], wanted[REVIVED][..., 3, :], rtol=0.02, atol=1e-3
         )
@@ -143,8 +143,9 @@ def rank_one(call: int) -> np.ndarray:
     return LEFT @ RIGHT * np.random.default_rng(call).normal()
 
 
-# The number of calls until bases separate the null direction of centralized gradients from the
-# directions in which the first gradient had nothing either. The sweeps of `jacobi` take more.
+# Centralized gradients have one null direction, and the first gradient alone has several. Bases
+# separate that direction from the others after this number of calls. The sweeps of `jacobi` take
+# more calls.
 LEARNED = dict.fromkeys(METHODS, 3) | {"jacobi": 18}
 
 
@@ -169,15 +170,15 @@ def test_null_directions_get_nothing_made_of_rounding(
         found = np.asarray(update, float)
         moved += np.abs(found).max()
         if call >= LEARNED[method]:
-            # The update's own rounding is 1e-7 times the number of its entries. Without a floor,
-            # null directions move as far as the others.
+            # The update is rounded by 1e-7 times the number of its entries. Without a floor, null
+            # directions would move as far as the others.
             assert np.abs(in_null_directions(kind, found)).max() < 1e-5
     assert moved > 0.1
 
 
 @pytest.mark.parametrize("decades", [6, 12])
 def test_the_floor_leaves_every_direction_of_a_wide_spectrum(decades: int) -> None:
-    """The factor's eigenvalues span some decades, so the gradient's directions half as many."""
+    """The factor's eigenvalues span these decades; the gradient's directions span half of them."""
     rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(24, 24)))
     scales = np.logspace(0, -decades / 2, 24)
     optimizer = soap_optax.scale_by_soap(precondition_frequency=2)

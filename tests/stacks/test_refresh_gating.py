@@ -17,7 +17,7 @@ from soap_optax.stacks import refresh_gating
 
 SHAPE = (12, 5)
 NAME = "12x5"
-ROUNDING = 1e-5  # Of updates of size one in two programs.
+ROUNDING = 1e-5  # The difference of updates of size one between two programs.
 
 
 def gradients(count: int, blocks: int = 1, seed: int = 0) -> list[dict[str, jax.Array]]:
@@ -90,7 +90,7 @@ def test_a_tolerance_of_zero_skips_nothing(method: Any) -> None:
 
 
 def test_only_blocks_beyond_the_tolerance_are_refreshed_and_each_when_it_is_due() -> None:
-    """The measure is that of `diagnostics`, over the factors of the block."""
+    """A block's off-diagonal mass is measured as in `diagnostics`, over its factors."""
     grads = gradients(30, blocks=5)
     tolerance, frequency = 0.3, 3
     state: Any = soap_optax.scale_by_soap().init(grads[0])
@@ -109,12 +109,12 @@ def test_only_blocks_beyond_the_tolerance_are_refreshed_and_each_when_it_is_due(
                 off_diagonal_mass(factor[number], basis[number])
                 for factor, basis in zip(before.factors, before.bases, strict=True)
             ]
-            # Measured here in float64, there in float32.
+            # The test measures in float64, the library in float32.
             if abs(max(masses) - tolerance) > 1e-5:
                 assert adopted == (max(masses) > tolerance)
             refreshed += adopted
             skipped += 1 - adopted
-    assert min(skipped, refreshed) >= 5  # So that the test has seen both.
+    assert min(skipped, refreshed) >= 5  # The test has seen both.
 
 
 def off_diagonal_mass(factor: Any, basis: Any) -> float:
@@ -148,11 +148,12 @@ def test_the_tolerance_may_be_injected() -> None:
 
 @pytest.mark.parametrize("frequency", [1, 2, 7])
 def test_staggered_blocks_refresh_as_if_each_had_begun_at_another_time(frequency: int) -> None:
-    """Each block runs as without `stagger`, if its age is set right after the first bases."""
+    """A block without `stagger` runs the same if its age is set right after the first bases."""
     grads = gradients(20, blocks=5)
     found, stacks = run(grads, frequency, stagger=True)
     offsets = np.floor(refresh_gating.stagger_phases(range(5)) * frequency).astype(int)
-    # The first call in phase after half a cycle since the first bases, which call 1 makes.
+    # Call 1 computes the first bases. The next refresh is due in the first call at a block's phase
+    # that is at least half a cycle later.
     first = [
         next(
             call
@@ -165,8 +166,8 @@ def test_staggered_blocks_refresh_as_if_each_had_begun_at_another_time(frequency
     state: Any = soap_optax.scale_by_soap().init(grads[0])
     for call, grad in enumerate(grads):
         update, state = step_of()(grad, state, frequency)
-        if call == 1:  # The first update is taken in the same call as the bases.
-            begun = frequency + 2 - np.asarray(first)  # Due again in that call.
+        if call == 1:  # This call computes the first bases, and also applies the first update.
+            begun = frequency + 2 - np.asarray(first)  # The next refresh is due in call `first`.
             stack = state.stacks[NAME]._replace(age=jnp.asarray(begun, jnp.int32))
             state = state._replace(stacks={NAME: stack})
         assert_close(found[call], update)
@@ -186,7 +187,7 @@ def test_the_age_of_a_staggered_block_counts_its_updates_since_its_last_refresh(
 
 
 def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() -> None:
-    """At frequency 1 all are refreshed together; what was spread before must be so again."""
+    """Frequency 1 refreshes all blocks together. After that they must spread over cycles again."""
     grads = gradients(60, blocks=24)
     schedule = [10] * 20 + [1] * 5 + [6] * 35
     state: Any = soap_optax.scale_by_soap().init(grads[0])
@@ -196,8 +197,8 @@ def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() ->
         totals.append(int(state.stacks[NAME].refreshes.sum()))
     in_a_step = np.diff(totals)
     assert in_a_step[20:25].tolist() == [24] * 5
-    assert in_a_step[25:].max() <= 5  # At once, although all had been refreshed together,
-    for start in range(33, 55):  # and once one and a half cycles have gone by, evenly.
+    assert in_a_step[25:].max() <= 5  # Blocks spread at once, although all had the same age.
+    for start in range(33, 55):  # They spread evenly after one and a half cycles.
         assert in_a_step[start : start + 6].sum() == 24
 
 
@@ -258,7 +259,7 @@ def test_phases_are_spread_evenly_over_the_cycle_for_any_consecutive_blocks(
         assert phases.min() >= 0
         assert phases.max() < 1
         counts = np.bincount(np.floor(phases * frequency).astype(int), minlength=frequency)
-        # Three distances between neighbours, the largest at most 2.7 times the smallest.
+        # Neighbours have three distances, and the largest is at most 2.7 times the smallest.
         assert counts.max() <= np.ceil(blocks / frequency) + 1
         if blocks >= 4 * frequency:
             assert counts.min() >= np.floor(blocks / frequency) - 1
@@ -266,7 +267,7 @@ def test_phases_are_spread_evenly_over_the_cycle_for_any_consecutive_blocks(
 
 @pytest.mark.parametrize("frequency", [3, 10**6, 2**30, 2**31 - 1])
 def test_every_phase_comes_in_a_cycle_of_any_length(frequency: int) -> None:
-    """A fraction just below 1 is rounded to 1 in float32."""
+    """Float32 rounds a phase just below 1 to 1."""
     phases = np.asarray([1 - 1e-9], np.float32)
     assert phases == 1
     timing = refresh_gating.RefreshTiming(jnp.int32(frequency), "before_gradient", stagger=True)
@@ -291,7 +292,7 @@ def test_no_step_refreshes_many_more_blocks_than_another() -> None:
     grads = gradients(45, blocks=24)
     _, stacks = run(grads, 10, stagger=True)
     totals = [int(stack.refreshes.sum()) for stack in stacks]
-    # After the first bases, which are made all at once, and the cycle that follows.
+    # These steps come after the first bases, which are computed all at once, and one more cycle.
     in_a_step = np.diff(totals)[-30:]
     assert in_a_step.sum() == 24 * 3
     assert in_a_step.max() <= 1.5 * np.median(in_a_step)

@@ -1,4 +1,4 @@
-"""Gradients and refreshes that cannot be trusted: held back block by block, and counted."""
+"""Invalid gradients and refreshes are rejected block by block, and counted."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ Step = Callable[..., tuple[Tree, State]]  # (grads, state, frequency) -> (update
 FREQUENCY = 3
 # Two matrices make one stack; the vector and the scalar share the Adam bucket.
 SHAPES = {"first": (6, 4), "second": (6, 4), "scalar": (), "vector": (5,)}
-# Call 0 fills the factors, call 1 computes the first basis, call 4 refreshes it, call 6 does none.
+# Call 0 fills the factors, call 1 computes the first basis, call 4 refreshes it, call 6 is plain.
 CALLS = {"first call": 0, "first basis": 1, "refresh": 1 + FREQUENCY, "plain step": 6}
 
 NOT_FINITE = {"nan": np.nan, "infinity": np.inf, "minus infinity": -np.inf}
@@ -56,7 +56,7 @@ def good_gradients(count: int = 12) -> list[Tree]:
 
 @functools.cache
 def good_run() -> list[tuple[Tree, State]]:
-    """What every call of a run with good gradients returns."""
+    """The results of every call of a run with good gradients."""
     state = init(good_gradients()[0])
     returned = []
     for grads in good_gradients():
@@ -74,7 +74,7 @@ def poison(grad: jax.Array, value: float, entry: int) -> jax.Array:
 
 
 def block_of(state: State, leaf: str) -> dict[str, np.ndarray]:
-    """Everything that the state holds of one of the leaves of `SHAPES`."""
+    """All arrays in the state for one leaf of `SHAPES`."""
     if leaf in ("first", "second"):
         return arrays_of_block(state.stacks["6x4"], ["first", "second"].index(leaf))
     adam = state.adam["float32"]
@@ -94,7 +94,7 @@ def arrays_of_block(stack: soap_optax.StackState, position: int) -> dict[str, np
 
 
 def assert_same_bits(found: Any, wanted: Any) -> None:
-    """Equality with no tolerance at all, in which a NaN equals itself."""
+    """Equality without tolerance; a NaN equals itself."""
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -219,7 +219,7 @@ def test_only_the_tile_that_holds_the_nan_is_rejected() -> None:
     assert stack.accepted_gradients.tolist() == [len(grads), len(grads) - len(missed)]
     assert_same_bits(arrays_of_block(stack, 0), arrays_of_block(good_state.stacks["4x4"], 0))
 
-    # The second tile went through the gradients that it was not denied, and through no others.
+    # The second tile has the state of a run with only its accepted gradients.
     for call in missed:
         grads[call] = {"tiled": grads[call]["tiled"].at[4:].set(np.nan)}
     clean_state = init(grads[0], **options)
@@ -267,7 +267,7 @@ def step_with_failing_refresh() -> Step:
             )[failure]
 
         with pytest.MonkeyPatch.context() as patch:
-            # Without its own jit, whose cache would outlive the functions put in below.
+            # `refresh_if_due` has a jit, whose cache would keep the replaced functions.
             unjitted = inspect.unwrap(refresh_gating.refresh_if_due)
             patch.setattr(update, "refresh_if_due", unjitted)
             patch.setattr(refresh_methods, "orthonormalize", lambda matrix: spoil(sound_qr(matrix)))
@@ -296,7 +296,7 @@ def test_an_untrustworthy_first_basis_is_rejected_counted_and_tried_again(
         stack = state.stacks["6x4"]
         assert stack.rejected_refreshes.tolist() == [call]
         assert stack.refreshes.tolist() == [0]
-        # Without a basis the block goes on as Adam: the identity is a basis too.
+        # The identity stays the basis, so that the block continues as Adam.
         assert_same_bits(stack.bases, (jnp.eye(6)[None], jnp.eye(4)[None]))
         assert stack.accepted_gradients.tolist() == [call + 1]
         assert np.abs(updates["matrix"]).max() > 0.1
@@ -318,7 +318,7 @@ def test_an_untrustworthy_refresh_is_rejected_counted_and_tried_again(failure: i
     never = 1000
     plain_updates, plain = step(grads[4], before, never, SOUND)
     updates, rejected = step(grads[4], before, FREQUENCY, failure)
-    # Bases and moments are those of a step in which no refresh was due.
+    # Bases and moments equal the ones of a step without a due refresh.
     assert_same_bits(updates, plain_updates)
     found, wanted = (arrays_of_block(state.stacks["6x4"], 0) for state in (rejected, plain))
     assert_same_bits(
@@ -326,7 +326,7 @@ def test_an_untrustworthy_refresh_is_rejected_counted_and_tried_again(failure: i
     )
     assert (found[".rejected_refreshes"], found[".refreshes"], found[".age"]) == (1, 1, 1)
 
-    # The next try comes when a refresh is next due, and succeeds.
+    # The next due refresh succeeds.
     state = rejected
     for grad in grads[5:7]:
         _, state = step(grad, state, FREQUENCY, failure)
@@ -341,7 +341,7 @@ def test_an_untrustworthy_refresh_is_rejected_counted_and_tried_again(failure: i
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_a_large_block_rejects_the_same_refreshes_as_a_small_one(failure: int) -> None:
-    """Its bases are probed and not multiplied out, and by many numbers."""
+    """Large bases are probed instead of multiplied out, and the check reduces many numbers."""
     step = step_with_failing_refresh()
     grads = [
         {"matrix": grad}
@@ -385,7 +385,7 @@ def test_a_refresh_from_a_non_finite_factor_is_rejected_and_a_sound_factor_heals
         assert_same_bits(found.nu[0], plain_state.stacks["6x4"].nu[0])
     assert_all_finite((updates, found.mu, found.nu, found.bases))
 
-    # The other block of the stack never notices.
+    # The other block of the stack is unchanged by this.
     good_updates, good_state = good_run()[call]
     assert_same_bits(updates["second"], good_updates["second"])
     assert_same_bits(block_of(state, "second"), block_of(good_state, "second"))
@@ -402,7 +402,7 @@ def test_a_refresh_from_a_non_finite_factor_is_rejected_and_a_sound_factor_heals
 @pytest.mark.parametrize("call", [CALLS["first basis"], CALLS["refresh"]], ids=["first", "later"])
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
 def test_a_sound_basis_of_a_non_finite_factor_is_rejected(value: float, call: int) -> None:
-    """LAPACK returns one for some matrices that hold a NaN, so that the factor is what counts."""
+    """LAPACK returns a sound basis of some matrices with a NaN, so the factor must be checked."""
     step, grads = step_with_failing_refresh(), gradients_of_a_matrix()
     state = init(grads[0])
     for grad in grads[:call]:
@@ -485,7 +485,7 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
     updates, states = thirty_steps(grads, frequency)
     assert_all_finite((updates, states))
 
-    # Overflow to come is rejected as an infinity is, whatever the entries are: see `is_acceptable`.
+    # A gradient whose squares would overflow is rejected like an infinity: see `is_acceptable`.
     limit = np.finfo(np.float32).max / 4
     rejected = {
         name: sum(np.sum(np.square(grad, dtype=np.float64)) > limit for grad in grads[name])
@@ -496,7 +496,7 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
     for name, stack in stacks.items():
         assert final.stacks[stack].rejected_gradients.tolist() == [rejected[name]]
         assert final.stacks[stack].accepted_gradients.tolist() == [30 - rejected[name]]
-        # No decomposition fails, of whatever rank the factors are.
+        # No decomposition fails, for factors of any rank.
         assert final.stacks[stack].rejected_refreshes.tolist() == [0]
     wanted = [rejected["s"], rejected["v"]]
     assert final.adam["float32"].rejected_gradients.tolist() == wanted
@@ -504,7 +504,8 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
         assert rejected["large"] == 30  # 3072 entries of 1e18: their squares pass 3.4e38.
         assert rejected["small"] == 0
 
-    # Without a basis that moves, Cauchy-Schwarz bounds Adam by 1 where b1 = b2; 1e-5 is rounding.
+    # Adam leaves have no basis that changes. Because b1 = b2, Cauchy-Schwarz bounds their updates
+    # by 1; 1e-5 is rounding.
     assert np.abs(updates["v"]).max() <= 1 + 1e-5
     assert np.abs(updates["s"]).max() <= 1 + 1e-5
 
@@ -513,7 +514,7 @@ def test_extreme_gradients_leave_everything_finite(kind: str, frequency: int) ->
 def test_a_gradient_is_rejected_from_a_quarter_of_the_largest_sum_of_squares_on(
     share: float,
 ) -> None:
-    """Room for what rounding adds to the Gram matrices and to the rotated gradient's squares."""
+    """The margin is for the rounding of Gram matrices and of the rotated gradient's squares."""
     largest = float(np.finfo(np.float32).max)
     grads = jax.tree.map(
         lambda grad: jnp.full(grad.shape, np.sqrt(share * largest / grad.size), jnp.float32),
@@ -527,7 +528,7 @@ def test_a_gradient_is_rejected_from_a_quarter_of_the_largest_sum_of_squares_on(
 
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e-26, 1e-30])
 def test_normalized_updates_have_their_size_however_small_the_gradients_are(size: float) -> None:
-    """A root mean square of one times the bias correction, for blocks and for Adam leaves."""
+    """The root mean square equals the bias correction, for blocks and for Adam leaves."""
     options = {"normalize_grads": True}
     state = init(good_gradients()[0], **options)
     for call, grads in enumerate(good_gradients()[:6]):
@@ -536,8 +537,8 @@ def test_normalized_updates_have_their_size_however_small_the_gradients_are(size
         for direction in updates.values():
             rms = float(jnp.sqrt(jnp.mean(jnp.square(direction))))
             correction = np.sqrt(1 - 0.95**call) / (1 - 0.95**call) if call else 0.0
-            # Float32 takes square roots and powers to some 1e-6. Below 1e-26 a direction falls
-            # below 1e-18, is all but lost to what float32 can hold, and may only be smaller.
+            # Float32 square roots and powers have errors of some 1e-6. Gradients below 1e-26 have
+            # directions below 1e-18, which float32 nearly loses: updates may only be smaller.
             if size >= 1e-20:
                 assert rms == pytest.approx(correction, rel=1e-4)
             assert rms <= correction * (1 + 1e-4)
@@ -560,7 +561,8 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float
 
 def in_every_dtype(grads: Tree) -> dict[str, Tree]:
     """The same numbers, exactly, as leaves of every dtype."""
-    # Every bfloat16 of this size with its 8 digits is a float16 as well; 2e-3 keeps all normal.
+    # A float16 also holds every bfloat16 of this size, with its 8 digits. All from 2e-3 on are
+    # normal numbers.
     exact = {
         name: jnp.where(jnp.abs(grads[name]) < 2e-3, 0, grads[name]).astype(jnp.bfloat16)
         for name in ("first", "vector")
@@ -578,11 +580,11 @@ def test_narrow_leaves_keep_float32_statistics_and_get_updates_in_their_own_dtyp
         updates, state = step_of()(grads, state, FREQUENCY)
         for name, dtype in DTYPES.items():
             assert {leaf.dtype for leaf in updates[name].values()} == {jnp.dtype(dtype)}
-            # One gradient, one update, only rounded to the leaf's dtype.
+            # Equal gradients get equal updates, rounded to the leaf's dtype.
             wanted = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), updates["float32"])
             assert_same_bits(updates[name], wanted)
 
-    # One stack and one vector for all three dtypes: statistics do not depend on them.
+    # All three dtypes share one stack and one vector: statistics do not depend on the dtype.
     ((_, stack),) = state.stacks.items()
     ((_, adam),) = state.adam.items()
     assert (len(stack.accepted_gradients), len(adam.accepted_gradients)) == (3, 3)
@@ -594,12 +596,12 @@ def test_narrow_first_moment_costs_its_own_rounding_and_no_more() -> None:
     state = init(good_gradients()[0], mu_dtype=jnp.bfloat16)
     for grads, (wide_updates, wide) in zip(good_gradients(), good_run(), strict=True):
         updates, state = step_of(mu_dtype=jnp.bfloat16)(grads, state, FREQUENCY)
-        # A bfloat16 rounds by 2^-9 of itself; the roundings of all steps before are remembered with
-        # weights 0.95^k, which are 20 in sum, against moments of mostly the updates' size, 1.
+        # A bfloat16 rounds by 2^-9 of itself. The moment keeps the roundings of all earlier steps,
+        # with weights 0.95^k that add up to 20. Moments are mostly of the updates' size, 1.
         for leaf in SHAPES:
             np.testing.assert_allclose(updates[leaf], wide_updates[leaf], rtol=0, atol=20 * 2**-9)
-        # Nothing else depends on the first moment; two programs may round the same sums by one or
-        # two units in the last place, 1.2e-7.
+        # Nothing else depends on the first moment. Two programs may round the same sums
+        # differently, by one or two units in the last place, 1.2e-7.
         found, wanted = state.stacks["6x4"], wide.stacks["6x4"]
         assert found.mu.dtype == state.adam["float32"].mu.dtype == jnp.bfloat16
         assert found.nu.dtype == state.adam["float32"].nu.dtype == jnp.float32
@@ -624,10 +626,10 @@ def test_a_rejected_gradient_leaves_a_narrow_first_moment_bitwise_as_it_was(call
 def test_half_precision_overflow_is_rejected_as_an_infinity() -> None:
     trees = [in_every_dtype(grads) for grads in good_gradients(3)]
     _, state = step_of()(trees[0], init(trees[0]), FREQUENCY)
-    scaled = jax.tree.map(lambda grad: grad * 1e5, trees[1])  # float16 ends at 65504.
+    scaled = jax.tree.map(lambda grad: grad * 1e5, trees[1])  # The largest float16 is 65504.
     updates, state = step_of()(scaled, state, FREQUENCY)
     ((_, stack),) = state.stacks.items()
-    order = sorted(DTYPES)  # A dictionary's leaves are flattened by key.
+    order = sorted(DTYPES)  # JAX flattens dictionaries in the order of their keys.
     rejected = dict(zip(order, stack.rejected_gradients.tolist(), strict=True))
     assert rejected == {"bfloat16": 0, "float16": 1, "float32": 0}
     assert_same_bits(updates["float16"], jax.tree.map(jnp.zeros_like, trees[0]["float16"]))
@@ -637,7 +639,7 @@ def test_half_precision_overflow_is_rejected_as_an_infinity() -> None:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("narrow", mostly_long([jnp.float32, jnp.bfloat16], [jnp.float32]))
 def test_a_gradient_that_overflows_only_in_narrow_storage_is_rejected(narrow: Any) -> None:
-    """A Gram matrix that a float64 holds would be infinite in the dtype of the factors."""
+    """A float64 holds the Gram matrix, which would be infinite in the dtype of the factors."""
     grads = [np.asarray(grad["first"], np.float64) for grad in good_gradients(3)]
     optimizer = soap_optax.scale_by_soap(preconditioner_dtype=narrow, mu_dtype=narrow)
     state: Any = optimizer.init({"matrix": grads[0], "vector": grads[0][0]})

@@ -1,4 +1,4 @@
-"""How the state is stored decides its size and, but for what is left out, not what is computed."""
+"""Storage options change the size of the state, and updates only by the information they lose."""
 
 import functools
 import math
@@ -39,7 +39,7 @@ every_storage = pytest.mark.parametrize(
     "storage", mostly_long(STORAGES, ["plain", "factored", "least"])
 )
 
-# Blocks with an odd and an even length, and two of them in one stack.
+# Blocks have an odd and an even length, and two of them share a stack.
 SHAPES = {"first": (5, 4), "second": (5, 4), "vector": (5,)}
 CALLS, FREQUENCY = 30, 4
 
@@ -47,8 +47,8 @@ CALLS, FREQUENCY = 30, 4
 def gradients(calls: int = CALLS) -> Tree:
     """Gradients of `calls` steps, `(calls, *shape)`, some rows and columns larger than others.
 
-    Each axis is mixed by a rotation, so that the factors are not near to diagonal, and no two of
-    their eigenvalues lie close, so that bases are determined by little more than them.
+    A rotation mixes each axis, so that no factor is nearly diagonal. No two eigenvalues of a factor
+    are close, so that rounding changes bases little.
     """
     rng = np.random.default_rng(0)
     grads = {}
@@ -76,7 +76,7 @@ def step_of(storage: str) -> Any:
 def run(storage: str) -> tuple[list[Tree], list[State]]:
     """Updates of every call and states after it, from factors without a null space.
 
-    A basis of a null space is any, so that two programs would not agree on it.
+    A null space has no unique basis, so that two programs would not agree on it.
     """
     grads = gradients()
     zeros = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
@@ -90,7 +90,7 @@ def run(storage: str) -> tuple[list[Tree], list[State]]:
 
 
 def stored_plainly(state: State, storage: str) -> State:
-    """The same state as `init` would store it without any of the options."""
+    """The same state, in the storage of `init` without these options."""
 
     def plain(stack: soap_optax.StackState) -> soap_optax.StackState:
         lengths = [basis.shape[-1] for basis in stack.bases]
@@ -112,7 +112,7 @@ def stored_plainly(state: State, storage: str) -> State:
 
 
 def bytes_of(m: int, n: int, options: dict[str, Any]) -> int:
-    """The bytes of state of one matrix, by the formula in words."""
+    """The bytes of one matrix's state, by the documented formula."""
     narrow = 2 if "preconditioner_dtype" in options else 4
     preconditioned = [min(m, n)] if "one_sided" in options else [m, n]
     bases = sum(d**2 for d in preconditioned)
@@ -175,7 +175,7 @@ def test_only_what_is_stored_narrowly_is_narrow_and_stays_so(storage: str) -> No
             assert part.mu.dtype == mu
 
 
-# What holds for every storage.
+# Properties of every storage.
 
 
 @every_storage
@@ -185,7 +185,7 @@ def test_refreshes_are_made_when_due_and_none_is_rejected(storage: str) -> None:
     for stack in states[-1].stacks.values():
         assert stack.refreshes.tolist() == [due] * len(stack.age)
         assert stack.rejected_refreshes.tolist() == [0] * len(stack.age)
-    # So the first basis is not used until the end: its columns have rotated.
+    # The last basis is not the first one: its columns have rotated.
     first, last = (np.asarray(s.stacks["5x4"].bases[-1], float) for s in (states[1], states[-1]))
     assert np.abs(np.sum(first * last, axis=1)).min() < 0.99
 
@@ -230,7 +230,7 @@ def test_diagnostics_are_those_of_the_same_state_stored_plainly(storage: str) ->
     wanted = soap_optax.diagnostics(stored_plainly(state, storage), sample=None)
     assert found.keys() == wanted.keys()
     for name, scalar in wanted.items():
-        # The same numbers in float32. A departure, in an orthonormal basis, is rounding itself.
+        # Both read the same numbers in float32. An orthonormal basis departs by rounding only.
         assert float(found[name]) == pytest.approx(float(scalar), rel=1e-5, abs=1e-6), name
     assert 0.01 < float(found["soap/5x4/off_diagonal_mass"]) < 1
 
@@ -240,7 +240,7 @@ def test_diagnostics_are_those_of_the_same_state_stored_plainly(storage: str) ->
 
 def test_folded_factors_change_no_update_and_no_state() -> None:
     (updates, states), (plain_updates, plain_states) = run("folded"), run("plain")
-    # Updates of size 1 of two programs, each rounded by 6e-8 in some ten operations of 30 steps.
+    # Two programs compute updates of size 1. They round by 6e-8 in some ten operations of 30 steps.
     for update, wanted in zip(updates, plain_updates, strict=True):
         for name, leaf in wanted.items():
             np.testing.assert_allclose(update[name], leaf, rtol=0, atol=1e-4)
@@ -257,7 +257,7 @@ def test_folded_factors_change_no_update_and_no_state() -> None:
 def test_refresh_from_a_narrow_preconditioner_is_the_wide_one_of_the_same_numbers() -> None:
     storage = "bfloat16 preconditioner"
     _, states = run(storage)
-    for call in range(1 + FREQUENCY, CALLS, 2 * FREQUENCY):  # Where a refresh is due.
+    for call in range(1 + FREQUENCY, CALLS, 2 * FREQUENCY):  # In these calls a refresh is due.
         before = states[call - 1]
         grads = {name: grad[call] for name, grad in gradients().items()}
         _, narrow = step_of(storage)(grads, before)
@@ -265,8 +265,9 @@ def test_refresh_from_a_narrow_preconditioner_is_the_wide_one_of_the_same_number
         for name, stack in narrow.stacks.items():
             assert (stack.refreshes == before.stacks[name].refreshes + 1).all()
             for found, wanted in zip(stack.bases, wide.stacks[name].bases, strict=True):
-                # Rounded once, by half of bfloat16's spacing below 1, which is 2^-8; half as much
-                # again is for the rounding of two programs. Products in bfloat16 would add up.
+                # One rounding is half of bfloat16's spacing below 1, which is 2^-8. Half as much
+                # again allows for the rounding of two programs. Products in bfloat16 would add up
+                # many roundings.
                 np.testing.assert_allclose(found.astype(float), wanted, rtol=0, atol=1.5 * 2.0**-9)
 
 
@@ -276,15 +277,15 @@ def test_updates_from_narrow_storage_stay_near_those_from_wide(storage: str) -> 
     (updates, _), (plain_updates, _) = run(storage), run("plain")
     for update, wanted in zip(updates, plain_updates, strict=True):
         for name, leaf in wanted.items():
-            # A bfloat16 is off by up to 2^-9, 0.2 percent, and near eigenvalues amplify that in
-            # bases. Two percent were seen; what belongs to another basis is off by as much as it is
-            # long.
+            # A bfloat16 rounds by up to 2^-9, 0.2 percent. Close eigenvalues amplify that in bases.
+            # The largest difference seen is two percent. An update from a wrong basis would differ
+            # by its whole size.
             assert jnp.linalg.norm(update[name] - leaf) <= 0.05 * jnp.linalg.norm(leaf)
 
 
 @pytest.mark.usefixtures("x64")
 def test_nothing_is_stored_wider_than_it_is_computed() -> None:
-    """One leaf's statistics are float32; a wider dtype would add no digit to them."""
+    """The float32 leaf has float32 statistics. A wider dtype would add no digit to them."""
     params = {"wide": jnp.zeros((3, 2), jnp.float64), "narrow": jnp.zeros((3, 2), jnp.float32)}
     optimizer = soap_optax.scale_by_soap(mu_dtype=float, preconditioner_dtype=np.float64)
     state: State = optimizer.init(params)

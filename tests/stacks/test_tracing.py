@@ -1,4 +1,4 @@
-"""What JAX makes of an update: one program, real conditionals, no needless copies."""
+"""The programs of updates: one for all steps, real conditionals, no needless copies."""
 
 import collections
 import functools
@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import soap_optax
 
-# Copies of the state, and zeros that a compiler gets wrong, are seen in optimized programs.
+# Only optimized programs show copies of the state, and zeros that a compiler gets wrong.
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 Tree = dict[str, jax.Array]
@@ -28,8 +28,9 @@ FREQUENCY = 3
 CALLS = 11
 OPTIMIZER = soap_optax.scale_by_soap(precondition_frequency=FREQUENCY)
 
-# Two programs for the same equations may round differently, by 6e-8 of numbers of size 1 in each of
-# some ten products and sums of ten steps. A missing or repeated step moves an update by a tenth.
+# Two programs for the same equations may round differently. They round numbers of size 1 by 6e-8,
+# in each of some ten products and sums of ten steps. A missing or repeated step moves an update by
+# a tenth.
 TOLERANCE = 1e-4
 
 
@@ -73,7 +74,7 @@ def plain_run() -> tuple[Any, State]:
 
 
 def assert_close(found: Any, wanted: Any) -> None:
-    """Compares two runs; columns of bases are only determined up to sign, and `mu` with them."""
+    """Compares two runs, up to the signs of the columns of bases and of `mu` with them."""
 
     def compare(path: Any, new: jax.Array, old: jax.Array) -> None:
         name = jax.tree_util.keystr(path)
@@ -97,7 +98,7 @@ def test_step_is_traced_once_for_first_call_plain_steps_and_refreshes() -> None:
 
     _, state = run(step, unstack(draw(0)))
     assert state.stacks["6x4"].refreshes.tolist() == [4, 4]  # Calls 1, 4, 7 and 10.
-    # Neither does it matter where the first state comes from.
+    # The source of the first state causes no new trace either.
     first = unstack(draw(0))[0]
     step(first, jax.jit(OPTIMIZER.init)(first))
     step(first, jax.tree.map(jnp.asarray, jax.device_get(init())))
@@ -107,7 +108,7 @@ def test_step_is_traced_once_for_first_call_plain_steps_and_refreshes() -> None:
 def test_one_compiled_program_takes_every_state_that_it_returns() -> None:
     grads = unstack(draw(0))
     program = plain_step.lower(grads[0], init()).compile()
-    # A compiled program raises where a shape, a dtype or a sharding is not the one compiled for.
+    # A compiled program raises if a shape, a dtype or a sharding differs from its own.
     updates, state = run(program, grads)
     assert_close((updates, state), plain_run())
 
@@ -174,7 +175,7 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
     state, updates = init(), []
     for grad in unstack(draw(0)):
         donated = jax.tree.leaves((grad, state))
-        # What `init` made is donated straight away: no two of its leaves may be one buffer.
+        # The state from `init` is donated at once: no two of its leaves may share a buffer.
         update, state = donating_step()(grad, state)
         assert all(leaf.is_deleted() for leaf in donated)
         updates.append(jax.tree.map(jnp.copy, update))
@@ -193,9 +194,10 @@ def test_donated_gradients_and_states_are_consumed_and_change_no_result() -> Non
 def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
     shape: tuple[int, int], options: Any
 ) -> None:
-    """It is zero. XLA for CPUs made sums over it NaN, where it knew the state to be zero.
+    """The first update is zero. XLA made sums over it NaN if it knew that the state is zero.
 
-    Not on every CPU, so that the program has to show too that it does not know.
+    That happens only on some CPUs. The test therefore also checks that the program hides the zeros
+    from XLA.
     """
     optimizer = soap_optax.scale_by_soap(**options)
     assert "optimization_barrier" in jax.jit(optimizer.init).lower(jnp.ones(shape)).as_text()
@@ -209,7 +211,7 @@ def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
         return (jnp.sum(updates), jnp.sum(jnp.square(updates)), moved / still), state
 
     sums, state = first_step(np.random.default_rng(0).normal(size=shape).astype(np.float32))
-    # The loss is that of two products which may add in different orders.
+    # The last number is a ratio of two products, which may add in different orders.
     np.testing.assert_allclose(sums, (0, 0, 1), rtol=1e-5, atol=0)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
@@ -217,7 +219,7 @@ def test_a_first_update_may_be_used_in_the_program_that_makes_the_state(
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
 def test_no_two_leaves_of_the_first_state_share_a_buffer(jitted: bool) -> None:
     zeros = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
-    zeros["square"] = jnp.zeros((4, 4))  # Both factors alike, and both bases, and both moments.
+    zeros["square"] = jnp.zeros((4, 4))  # Both factors are equal, and so are bases and moments.
     state = jax.jit(OPTIMIZER.init)(zeros) if jitted else OPTIMIZER.init(zeros)
     leaves = jax.tree.leaves(state)
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
@@ -233,22 +235,22 @@ def test_step_without_a_refresh_copies_no_matrix_of_the_state() -> None:
         line for line in entry if operation(line) == "conditional" and "refresh" in line
     ]
     keep, _ = conditional_branches(conditional)
-    # The branch gives its operands back as they came.
+    # The branch returns its operands unchanged.
     assert {operation(line) for line in computations[keep]} <= {
         "parameter",
         "get-tuple-element",
         "tuple",
     }
-    # Nor are they copied on their way into the conditional, those among them that the step writes
+    # The operands are not copied for the conditional either, though the step writes some of them
     # afterwards: the factors, which a refresh reads, and the moments.
     matrices = re.compile("stacks__.*__(factors|bases|mu|nu)")
     assert not [line for line in entry if operation(line) == "copy" and matrices.search(line)]
     names = [line.split(" = ")[0] for line in entry if operation(line) == "parameter"]
-    assert len(list(filter(matrices.search, names))) == 6  # They are under these names.
+    assert len(list(filter(matrices.search, names))) == 6  # The names do match.
 
 
 def read_hlo(text: str) -> dict[str, list[str]]:
-    """The lines of every computation of a program by name, the one it starts with as `ENTRY`."""
+    """The lines of every computation of a program by name, with `ENTRY` for the entry."""
     computations: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -261,14 +263,14 @@ def read_hlo(text: str) -> dict[str, list[str]]:
 
 
 def operation(line: str) -> str:
-    """The operation of one line of HLO: what stands before the first operand list."""
+    """The operation of one line of HLO: the word before the first operand list."""
     found = re.search(r"[\])}] ([a-z][\w-]*)\(", line)
     assert found, line
     return found[1]
 
 
 def conditional_branches(line: str) -> list[str]:
-    """The branches' names, the one for 0 or false first."""
+    """The names of the branches; the branch for 0 or false comes first."""
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
         return [name.strip().lstrip("%") for name in branches[1].split(",")]
     found = [re.search(rf"{which}_computation=%?([\w.-]+)", line) for which in ("false", "true")]
@@ -281,7 +283,7 @@ def conditional_branches(line: str) -> list[str]:
 def test_vmap_over_seeds_equals_separate_runs() -> None:
     seeds = [0, 1, 2]
     grads = [draw(seed) for seed in seeds]
-    # Members of one batch need not be in step: the second one misses two gradients.
+    # Members of a batch may refresh at different times: the second one misses two gradients.
     for call in (1, 5):
         grads[1] = {name: leaf.at[call].set(jnp.nan) for name, leaf in grads[1].items()}
     batched_step = jax.jit(jax.vmap(OPTIMIZER.update))
@@ -322,18 +324,18 @@ def test_decompositions_stay_behind_a_real_conditional(
     chains = list(decompositions(jaxpr))
     assert {chain[-1] for chain in chains} == {"eigenvectors", "qr"}
     for chain in chains:
-        # A `cond` with a batched predicate would be a `select`, and the decomposition outside it.
+        # A `cond` with a batched predicate becomes a `select`, and the decomposition always runs.
         assert "cond" in chain
     for equation in equations(jaxpr):
         if equation.primitive.name in ("eigenvectors", "qr"):
-            # One matrix at a time, never a batch of them: a batch hangs some runtimes.
+            # Each decomposition takes one matrix: a batch of matrices hangs some runtimes.
             assert equation.invars[0].aval.ndim == 2
         if equation.primitive.name == "cond":
             assert equation.invars[0].aval.shape == ()
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Every equation of a program, also inside other equations."""
+    """Every equation of a program, nested ones included."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in inner_jaxprs(equation):
@@ -341,7 +343,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def decompositions(jaxpr: Jaxpr, outside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """For every decomposition, the names of the equations around it and its own."""
+    """For every decomposition, the names of the equations around it, and its own name."""
     for equation in jaxpr.eqns:
         chain = (*outside, equation.primitive.name)
         if chain[-1] in ("eigenvectors", "qr"):
@@ -365,9 +367,9 @@ def inner_jaxprs(equation: Any) -> Iterator[Jaxpr]:
 
 
 def operations_of(optimizer: optax.GradientTransformation, layers: int) -> collections.Counter[str]:
-    """How often every kind of operation occurs in the update of a model of so many layers.
+    """The number of operations of each kind in the update of a model with `layers` layers.
 
-    What works on nothing but integer scalars is "index arithmetic", whatever its name.
+    Every operation on only integer scalars counts as "index arithmetic".
     """
     layer = {"q": (8, 8), "up": (8, 16), "down": (16, 8), "bias": (8,), "scale": (8,)}
     shapes = {"embedding": (32, 8), "layers": [layer] * layers}
@@ -384,7 +386,7 @@ def operations_of(optimizer: optax.GradientTransformation, layers: int) -> colle
 @pytest.mark.usefixtures("implicit_promotion")
 def test_more_layers_add_nothing_to_the_program_but_the_way_to_their_blocks() -> None:
     few, many = (operations_of(soap_optax.scale_by_soap(), layers) for layers in (5, 48))
-    # What costs a compiler its time is here: loops, conditionals, sorts, decompositions, products.
+    # These take a compiler's time: loops, conditionals, sorts, decompositions, products.
     for kind in ("while", "case", "sort", "custom_call", "dot_general", "lapack_sgeqrf_ffi"):
         assert few[kind] == many[kind] > 0
     moving = {"concatenate", "dynamic_slice", "index arithmetic", "reshape", "slice", "transpose"}
