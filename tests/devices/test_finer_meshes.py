@@ -12,7 +12,7 @@ from soap_optax.devices import mesh
 
 @dataclass(frozen=True)
 class Device:
-    """As much of a device as a mesh asks for."""
+    """A device with only the attributes that a mesh needs."""
 
     id: int
     process_index: int = 0
@@ -24,14 +24,14 @@ class Device:
 @pytest.mark.parametrize(
     ("lengths", "counts", "finer"),
     [
-        # As long as the numbers of tiles allow: each axis costs a collective.
+        # Axes are as long as the numbers of tiles allow, because each axis costs a collective.
         ((256,), {4, 16}, [4, 4, 4, 4]),
         ((16, 16), {4, 16}, [4, 4, 4, 4]),
         ((512,), {4, 16}, [2] * 9),
         ((64, 8), {3}, [8, 8, 8]),
         ((8,), {8}, [8]),
         ((8,), {2}, [2, 2, 2]),
-        # No number of which 2 and 3 are powers.
+        # 2 and 3 are not powers of one number.
         ((6, 4), {3, 2}, [2, 3, 2, 2]),
         ((36,), {2, 6, 12}, [2, 2, 3, 3]),
     ],

@@ -30,7 +30,7 @@ LEAVES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...], Any]] = {
     "replicated": ((5, 3), (None, None), MuonDimensionNumbers(0, 1)),
     "vector": ((8,), ("x",), None),
 }
-# Mesh axes that contradict those of the parameters.
+# Shardings that differ from the parameters' shardings.
 OTHER_AXES: dict[str, tuple[str | None, ...]] = {
     "experts": ("y", None, "x"),
     "layers": (None, "y", None),
@@ -51,7 +51,7 @@ def draw(seed: int) -> Tree:
 
 
 def shard(tree: Tree, mesh: Mesh) -> Tree:
-    """The tree on the mesh, with specs as programs return them."""
+    """The tree on the mesh, with specs in the form that programs return."""
 
     def sharding(axes: tuple[str | None, ...]) -> NamedSharding:
         if mesh.axis_types[0] == AUTO:
@@ -89,7 +89,7 @@ def test_a_mesh_gives_the_single_device_run(kind: AxisType) -> None:
 
 
 def test_directions_may_be_sharded_in_another_way_than_parameters() -> None:
-    """Transformations such as Muon can return them so."""
+    """Transformations such as Muon may return such directions."""
     mesh = mesh_of("4x2", EXPLICIT)
     with jax.set_mesh(mesh):
         params = shard(draw(0), mesh)
@@ -124,7 +124,7 @@ def test_only_norms_are_communicated(kind: AxisType) -> None:
         for match in found
         for shape in re.findall(r"f64\[([\d,]*)\]", match["result"])
     ]
-    # The norms of the layers and of a device's heads; an expert's norm is its device's own.
+    # These are the norms of three layers, of three heads on a device, or of its one expert.
     assert max(numbers) <= 3
 
 

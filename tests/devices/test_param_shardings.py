@@ -97,7 +97,7 @@ def test_updates_have_the_specified_shardings() -> None:
     text = jax.jit(optimizer.update).lower(params(), optimizer.init(params())).as_text()
     without = soap_optax.scale_by_soap(stack_sharding=STACKS)
     plain = jax.jit(without.update).lower(params(), without.init(params())).as_text()
-    # One for each of three gradients, and one for each of three updates.
+    # There is one constraint for each of three gradients, and one for each of three updates.
     assert constraints_in(text) == constraints_in(plain) + 6
 
 

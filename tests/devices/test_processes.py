@@ -1,6 +1,6 @@
-"""The pretraining example as one job of several processes, and as one that is killed and restarted.
+"""The pretraining example as one job of several processes, also killed and restarted.
 
-The processes are on one machine and talk to each other over its loopback address.
+The processes run on one machine, and communicate over its loopback address.
 """
 
 import csv
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 LIMIT_IN_SECONDS = 500
 STEPS = 24
 
-# Only axes of 16 are preconditioned: of those every first gradient has full rank, so that it, and
-# not rounding, decides what the first basis is.
+# Only axes of length 16 are preconditioned. Every first gradient has full rank along them, so that
+# rounding does not decide the first basis.
 TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16"]
 TINY += ["--batch-size", "16", "--max-precond-dim", "16"]
 JOB = ["--optimizer", "soap", *TINY, "--steps", str(STEPS), "--mesh", "data=2,fsdp=4"]
@@ -29,9 +29,8 @@ JOB = ["--optimizer", "soap", *TINY, "--steps", str(STEPS), "--mesh", "data=2,fs
 WORDS = ("factor", "basis", "block", "stack", "moment", "gradient", "refresh", "mesh", "of", "the")
 TEXT = " ".join(random.Random(0).choices(WORDS, k=40_000))
 
-# In float64. With another number of processes sums are taken in another order, and what SOAP makes
-# of a difference grows; with this text to 2e-9. A batch that reaches the wrong device moves the
-# losses by 1e-2.
+# The runs use float64. Another number of processes adds in another order, and training amplifies
+# the difference: with this text to 2e-9. A batch on the wrong device moves the losses by 1e-2.
 TOLERANCE = 1e-7
 
 pytestmark = [pytest.mark.timeout(LIMIT_IN_SECONDS + 60), pytest.mark.long]
@@ -73,7 +72,7 @@ def start(count: int, out: Path, compiled: Path, *flags: str) -> list[subprocess
 
 
 def said_by(out: Path, number: int = 0) -> str:
-    """What the newest job in a folder has printed in one of its processes."""
+    """The output of one process of the newest job in a folder."""
     return (out.parent / f"{out.name}_{number}.txt").read_text()
 
 
@@ -132,7 +131,7 @@ def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint(
     flags = ("--checkpoint-every", "4", "--resume")
     processes = start(2, out, compiled, *flags)
     try:
-        second = out / "checkpoints" / "soap" / "8"  # Has this name once it is complete.
+        second = out / "checkpoints" / "soap" / "8"  # A complete checkpoint gets this name.
         deadline = time.monotonic() + LIMIT_IN_SECONDS
         while not second.exists():
             assert time.monotonic() < deadline, said_by(out)
@@ -140,12 +139,12 @@ def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint(
             time.sleep(0.02)
         processes[1].kill()
         processes[1].wait()
-    finally:  # What a scheduler does with the others.
+    finally:  # A scheduler kills the other processes too.
         for process in processes:
             process.kill()
             process.wait()
     before = losses_in(out)
-    assert len(before) <= STEPS  # It had not ended.
+    assert len(before) <= STEPS  # The job was killed before its end.
 
     said = finish(start(2, out, compiled, *flags), out)
     assert "SOAP: going on from the checkpoint of step " in said

@@ -25,15 +25,15 @@ from soap_optax.algorithm import RefreshMethod
 pytestmark = pytest.mark.usefixtures("x64")
 
 # Leaves by name: their number, shape and sharding on a mesh 4x2. The fewer block shapes they have,
-# the faster a program compiles. Singular factors come from a
-# single gradient and have the same bits everywhere.
+# the faster a program compiles. Singular factors come from a single gradient, and have the same
+# bits on all devices.
 LEAVES: dict[str, tuple[int, tuple[int, ...], PartitionSpec]] = {
     "query": (3, (8, 8), PartitionSpec("x", "y")),
     "out": (2, (8, 8), PartitionSpec("y", "x")),
     "up": (1, (8, 16), PartitionSpec(None, ("x", "y"))),
     "layers": (2, (8, 8, 6), PartitionSpec(("x", "y"))),
     "experts": (1, (4, 8, 6), PartitionSpec("x", None, "y")),
-    # With the sharding of the state, over both axes and over one.
+    # These have the sharding of the state, over both mesh axes and over one.
     "stacked": (1, (8, 6, 8), PartitionSpec(("x", "y"))),
     "stacked in part": (1, (16, 6, 4), PartitionSpec("x")),
     "embedding": (1, (1024, 64), PartitionSpec(("x", "y"))),
@@ -86,7 +86,7 @@ def padding_of(stack: Any) -> int:
     return int(np.sum(np.asarray(stack.accepted_gradients + stack.rejected_gradients) == 0))
 
 
-# The options that decide how leaves are cut into blocks, and with that how they are resharded.
+# These options decide how leaves are cut into blocks, and therefore how they are resharded.
 CUTS = ["default", "block_size", "dimension_numbers", "tiles_of_layers", "merge_dims"]
 CASES = [
     *(pytest.param(name, AUTO, True, id=f"{name}-specified") for name in OPTIONS),

@@ -53,11 +53,11 @@ long = pytest.mark.long
             pytest.param("4x2", EXPLICIT, 1, {}, id="4x2-explicit"),
             pytest.param("2x2x2", AUTO, 1, {}, id="2x2x2-auto"),
             pytest.param("2x2x2", EXPLICIT, 1, {}, id="2x2x2-explicit"),
-            # Sharded over an axis of length 1, parameters come back as replicated ones.
+            # Programs return parameters that are sharded over an axis of length 1 as replicated.
             pytest.param("1x8", AUTO, 2, {}, id="1x8-auto"),
             pytest.param("4x1x2", AUTO, 1, {}, id="4x1x2-auto"),
-            # On automatic axes JAX 0.8 chooses the shardings of parameters that are cut into
-            # tiles: one program takes the first parameters, and one those that it returns.
+            # On automatic axes JAX 0.8 chooses new shardings for tiled parameters. One program
+            # takes the first parameters, and another program takes the returned ones.
             pytest.param("4x2", AUTO, 2, {"block_size": 4}, id="4x2-auto-tiles"),
             pytest.param("4x2", EXPLICIT, 1, {"block_size": 4}, id="4x2-explicit-tiles"),
         ],
@@ -127,7 +127,7 @@ def test_padding_never_counts() -> None:
     for found, wanted in zip(scalars[:4], scalars[4:], strict=True):
         assert int(wanted["soap/rejected_gradients"]) == 1
         for name in wanted:
-            # The departure from orthonormality is nothing but rounding, of 1e-16.
+            # The departure from orthonormality is only rounding, of 1e-16.
             np.testing.assert_allclose(
                 found[name], wanted[name], rtol=1e-5, atol=1e-14, err_msg=name
             )
@@ -268,7 +268,7 @@ def test_moments_of_another_optimizer_have_the_shardings_of_their_parameters() -
     assert adam.count.spec == PartitionSpec()
     soap = found.inner_states["soap"].inner_state[0]
     assert soap.stacks["8x24_float64"].mu.spec == stack_sharding.spec
-    # A leaf of another shape, or under another path, is not a parameter's.
+    # A leaf of another shape, or under another path, gets no sharding of a parameter.
     other = {"by rows": [jax.ShapeDtypeStruct((8,), jnp.float64)], "else": params["vector"][0]}
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), other)
     for sharding in jax.tree.leaves(soap_optax.state_shardings(abstract, stack_sharding, params)):
@@ -285,8 +285,8 @@ def test_an_exported_step_equals_the_jitted_one() -> None:
     step = jax.jit(make_step(optimizer), in_shardings=shardings, out_shardings=shardings)
     for_all = export.export(step, platforms=["cpu", "cuda", "tpu"])(params, state)
     assert for_all.nr_devices == 8
-    # XLA keeps the branches of other platforms inside `shard_map`, so that this one cannot be
-    # called; one for a single platform can.
+    # XLA keeps the branches of other platforms inside `shard_map`, so that this program cannot be
+    # called. A program for a single platform can be called.
     called = jax.jit(export.export(step, platforms=["cpu"])(params, state).call)
     one = other = (params, state)
     for _ in range(4):
@@ -342,8 +342,8 @@ def test_a_state_made_inside_jit_has_the_shardings_of_one_made_outside(kind: Axi
     assert of_stacks == wanted[0].stacks
 
 
-# One of two axes shards stacks, or both do in another sequence than the mesh's; three axes; an axis
-# of length 1; six devices; one device.
+# Stacks are sharded over one of two axes, or over both in another order than the mesh's. The other
+# meshes have three axes, an axis of length 1 (twice), six devices, and one device.
 ANY_MESH = [
     ((2, 4), ("tensor", "data"), PartitionSpec("data")),
     ((2, 4), ("data", "fsdp"), PartitionSpec(("fsdp", "data"))),
@@ -355,7 +355,7 @@ ANY_MESH = [
 ]
 
 
-# Some tiles cannot be cut into as many slices as there are devices.
+# Some tiles have fewer slices than there are devices.
 @pytest.mark.parametrize("block_size", mostly_long([None, 4, 6], short=[6]))
 @pytest.mark.parametrize(
     ("shape", "names", "spec"),
@@ -413,7 +413,7 @@ def test_injected_hyperparameters_reach_every_device(kind: AxisType) -> None:
     ids=lambda option: "-".join(map(str, *option.items())),
 )
 def test_a_users_own_shard_map_may_hold_an_optimizer_on_each_device(option: dict[str, Any]) -> None:
-    """Each device trains a model of its own: its state differs from those of the others."""
+    """Each device trains a different model, and has a different state."""
     mesh = mesh_of("8", AUTO)
     each = PartitionSpec("x")
     grads = jnp.asarray(np.random.default_rng(6).normal(size=(4, 8, 12, 6)))

@@ -1,4 +1,4 @@
-"""A state made and updated inside a `jax.shard_map` of the user, one model for each device."""
+"""Users may call `init` and `update` inside their `jax.shard_map`, with a model on each device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -86,5 +86,5 @@ def test_each_device_trains_its_own_model_as_it_would_alone(
     for number in range(2):
         wanted = alone(jax.tree.map(lambda leaf, n=number: leaf[n], models()))
         for key, leaf in wanted.items():
-            # One program in two compilations: a few roundings of float32 in updates of 1e-2.
+            # Two compilations of one program differ by a few float32 roundings of updates of 1e-2.
             np.testing.assert_allclose(mapped[key][number], leaf, atol=1e-5)

@@ -3,9 +3,9 @@
     pip install ".[tpu]"
     python tests/tpu/compile_decompositions.py --lengths 256 1024
 
-A row of the table has the compile time, the number of operations and the bytes of code of a
-program: one QR, a batch of them, the same under `lax.map`, and every refresh method for a stack of
-bases under `lax.map`.
+Each row of the table has the compile time, the number of operations and the bytes of code of one
+program. The programs are one QR, a batch of QRs, the same batch under `lax.map`, and every refresh
+method for a stack of bases under `lax.map`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about,
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to query,
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to share.
 
 import jax

@@ -4,10 +4,15 @@
     python tests/tpu/compile_for_pods.py --models 360m 660m 7b --pods v5e:16x16 v5p:8x8x8
 
 Layers are sharded over all chips of a pod, or over groups of chips with all layers in each group.
-Each split gets five tables, with a row for each pod, model and optimizer: compile time; parameters
-and state of a chip; temporaries of a chip; collectives of the training step, and the bytes that a
-chip receives in them; and the same for the update compiled alone, which is the communication of the
-optimizer. Collectives in a loop over layers count once. Progress goes to stderr.
+Each split gets five tables, with a row for each pod, model and optimizer:
+
+- compile time;
+- parameters and state of a chip;
+- temporaries of a chip;
+- collectives of the training step, and the bytes that a chip receives in them;
+- the same for the update compiled alone, which is the communication of the optimizer.
+
+Collectives in a loop over layers count once. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask about,
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to query,
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to share.
 
 import jax
@@ -42,7 +47,7 @@ import soap_optax
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer with SwiGLU or plain MLPs, its layers in one stack for a scan."""
+    """A decoder-only transformer with SwiGLU or plain MLPs; its layers are stacked for a scan."""
 
     layers: int
     width: int
@@ -52,12 +57,12 @@ class Model:
     context: int
     batch: int  # sequences in a step
     gated: bool
-    block_size: int  # of SOAP, such that all chips of a pod of 256 have equally many blocks
-    along_width: bool = False  # whether layers are split along it, or else along their longest axis
+    block_size: int  # of SOAP; all chips of a pod of 256 then have equally many blocks
+    along_width: bool = False  # whether layers are sharded along it, and not their longest axis
 
 
-# The paper's models (Vyas et al., 2024, section 5): OLMo's architecture with the T5 tokenizer, a
-# context of 1,024 and batches of two million tokens; and a 7B with the sizes of Llama 2. The
+# The paper's models (Vyas et al., 2024, section 5) have OLMo's architecture, the T5 tokenizer, a
+# context of 1,024 and batches of two million tokens. The 7B model has the sizes of Llama 2. The
 # vocabularies are padded to a multiple of 512.
 MODELS = {
     "360m": Model(24, 1024, 4096, 16, 32256, 1024, 2048, gated=False, block_size=256),
@@ -194,9 +199,9 @@ class Compiled:
 def compile_program(lowered: Any, of_optimizer: bool) -> Compiled:
     """Compiles a program and counts its collectives.
 
-    A collective whose parts run beside other work appears several times, with one channel. It is
-    inside the optimizer's work if its name says so. Some have no name: in a program of the
-    optimizer alone, they are inside if they are in a branch or a loop.
+    A collective that overlaps with other work appears several times, with one channel. A collective
+    is inside the optimizer's work if its name shows that. Some collectives have no name. In a
+    program of the optimizer alone, these are inside if they are in a branch or a loop.
     """
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -260,7 +265,7 @@ def compile_step(pod: str, name: str, split: str, label: str, mesh: Mesh) -> Row
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
         value, grads = jax.value_and_grad(loss)(params, tokens)
-        # Without a constraint, the optimizer's use of gradients decides how they are computed.
+        # Without a constraint, the optimizer's use of gradients would decide how to compute them.
         grads = jax.lax.with_sharding_constraint(grads, of_params)
         return *update(grads, params, state), value
 
@@ -335,7 +340,7 @@ def collectives_of(program: Compiled) -> dict[str, str]:
     return {"collectives": counts, "received MB": f"{program.received / 1e6:,.1f}"}
 
 
-# What each table shows of a row, besides the columns that identify it.
+# The columns of each table, after the ones that identify a row.
 TABLES: dict[str, Callable[[Row], dict[str, str]]] = {
     "compile time": lambda row: {
         "training step s": f"{row.step.seconds:.0f}",
@@ -360,7 +365,7 @@ TABLES: dict[str, Callable[[Row], dict[str, str]]] = {
 
 
 def table_of(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     cells = [
         {
             "pod": row.pod,

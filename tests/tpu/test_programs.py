@@ -1,9 +1,9 @@
-"""Programs that the TPU compiler makes of training steps for pods, in a separate environment.
+"""Training steps for pods, compiled by the TPU compiler in a separate environment.
 
     pip install ".[tpu]"
     python -m pytest tests/tpu
 
-All of it takes half an hour on two cores; `-k "360m and v5e"` takes minutes.
+All tests take half an hour on two cores; `-k "360m and v5e"` takes minutes.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_for_pods.py")
 LIMIT_IN_SECONDS = 3600
-# The short suite disables most optimizations, which these programs are about.
+# The short suite disables most optimizations, but these tests check optimized programs.
 ENVIRONMENT = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 # libtpu prints warnings without a TPU and slows JAX down, so only the extra `tpu` installs it.
