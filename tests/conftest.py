@@ -56,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("long")
     else:
         hypothesis.settings.load_profile("short")
-        # Compiling takes most of the time: with LLVM's optimizations, half as long again. The long
-        # suite compiles as users do, and so does every test with `optimized_programs`.
+        # Compiling takes most of the time, and half as long again with LLVM's optimizations. The
+        # long suite compiles as users do, and so does every test with `optimized_programs`.
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For other processes.
         jax.config.update(
             "jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS")
@@ -73,9 +73,9 @@ for _profile, _examples in (("short", 3), ("long", 10)):
         deadline=None,
         # The same examples on every run and every machine.
         derandomize=True,
-        # Each example compiles a new program, which takes a second or more. There are therefore
-        # few examples, and a failing one is reported as it is: shrinking it would compile hundreds.
-        # Tests that compile nothing ask for more examples.
+        # Each example compiles a new program, which takes a second or more. There are therefore few
+        # examples. Failing examples are not shrunk: that would compile hundreds of programs. Tests
+        # that compile nothing ask for more examples.
         max_examples=_examples,
         phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
         suppress_health_check=[
@@ -108,7 +108,7 @@ def implicit_promotion() -> Iterator[None]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """Enables 64-bit JAX arrays for one test and restores what was before."""
+    """Enables 64-bit JAX arrays for one test, and restores the setting afterwards."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     yield
@@ -173,7 +173,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Receives what a worker of pytest-xdist measured."""
+    """Receives the measurement of a pytest-xdist worker."""
     output = getattr(node, "workeroutput", {})
     if "peak_memory" in output:
         PEAKS[node.gateway.id] = output["peak_memory"]

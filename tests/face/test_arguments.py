@@ -1,4 +1,4 @@
-"""Input out of range, of the wrong type, or unusual: it works as in Optax or says why not."""
+"""Input out of range, of the wrong type, or unusual works as in Optax, or raises an explanation."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
 
-# The same question asked in three ways: nothing may depend on values that tracing hides.
+# Checks must give the same result in all three: they may not need values that tracing hides.
 RUNNERS: dict[str, Callable[[Callable[[], Any]], Any]] = {
     "eager": lambda function: function(),
     "jit": lambda function: jax.jit(function)(),
@@ -27,13 +27,13 @@ def soap(**options: Any) -> optax.GradientTransformation:
 
 
 def transform_with(argument: str, value: Any) -> optax.GradientTransformation:
-    """The transformation that has this argument, and nothing else that is not a default."""
+    """The transformation that has this argument, with defaults for all others."""
     if argument in ("learning_rate", "weight_decay", "mask"):
         return soap(**{argument: value})
     return soap_optax.scale_by_soap(**{argument: value})
 
 
-# Arguments out of range, by argument: values, the rule that is stated, the way out that is offered.
+# Arguments out of range: names, values, the rule in the message, and the way out in the message.
 
 OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     (
@@ -431,9 +431,9 @@ def test_value_at_the_edge_gives_finite_updates_or_raises_when_built(
     try:
         optimizer = transform_with(argument, value)
     except ValueError as error:
-        assert argument in str(error)  # noqa: PT017  # Either way is right, this is one.
+        assert argument in str(error)  # noqa: PT017  # To raise is one of two correct results.
         return
-    # Adam leaves use all arguments but those of a basis, and compile in no time.
+    # Adam leaves use all arguments except the ones about bases, and they compile fast.
     params = {"vector": jnp.array([0.0, 1.0, -2.0]), "scalar": jnp.array(0.0)}
     state = optimizer.init(params)
     for _ in range(2):
@@ -486,7 +486,7 @@ def test_ways_out_of_a_leaf_that_is_not_real_work() -> None:
     )
     updates, _ = partition.update(params, partition.init(params), params)
     assert updates["step"] == 0
-    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.01, rtol=1e-6)  # The first only decays.
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.01, rtol=1e-6)  # It only decays.
 
 
 @every_runner
@@ -548,7 +548,7 @@ def test_scalar_is_a_leaf_like_any_other(
         assert (update.shape, update.dtype) == ((), jnp.result_type(scalar))
         assert not state.stacks
         if runner is not jax.eval_shape:
-            # Equal gradients: Adam goes one unit; a bfloat16 holds the 1 exactly.
+            # With equal gradients, Adam's update is 1, which a bfloat16 holds exactly.
             np.testing.assert_allclose(np.asarray(update, np.float32), 1, atol=1e-5)
 
 
@@ -594,11 +594,11 @@ def test_missing_subtree_stays_missing_and_changes_nothing_else(
         jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
 
 
-# States and parameters that do not belong.
+# States and parameters of another model.
 
 PARAMS = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
 
-# The parameters and options of a state, and the first leaf in which it is not as it must be.
+# The parameters and options of a state, and its first leaf with a wrong shape.
 MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another shape": ({**PARAMS, "kernel": jnp.ones((3, 4))}, {}, "stacks['4x3']"),
     "another layer": ({**PARAMS, "other": jnp.ones((4, 3))}, {}, "stacks['4x3']"),

@@ -1,4 +1,4 @@
-"""The documentation: its Python runs and prints what it says, and its links lead somewhere."""
+"""The documentation: its Python prints the output on the page, and its links have targets."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ class Fence:
 
     language: str
     text: str
-    line: int  # Of its first line of text, from 1.
+    line: int  # The number of its first line of text, from 1.
 
 
 def fences(page: pathlib.Path) -> Iterator[Fence]:
@@ -54,7 +54,7 @@ def prose(page: pathlib.Path) -> str:
 
 
 def anchors(page: pathlib.Path) -> set[str]:
-    """The names under which the headings of a page can be linked to."""
+    """The anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -86,7 +86,7 @@ LONG_PAGES = [
     ],
 )
 def test_the_python_of_a_page_runs_and_prints_the_text_below_it(page: pathlib.Path) -> None:
-    """A `text` block belongs to the `python` block before it: what that prints, line for line."""
+    """A `text` block has the output of the `python` block before it, line for line."""
     namespace = {"__name__": "__page__"}
     printed = None
     for fence in fences(page):
@@ -105,7 +105,7 @@ def test_the_python_of_a_page_runs_and_prints_the_text_below_it(page: pathlib.Pa
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_to_files_and_headings_exist(page: pathlib.Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if re.match(r"[a-z]+:", target):  # Another site's.
+        if re.match(r"[a-z]+:", target):  # A link to another site.
             continue
         path, _, anchor = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
@@ -116,7 +116,7 @@ def test_links_to_files_and_headings_exist(page: pathlib.Path) -> None:
 
 
 def listed_in(page: pathlib.Path) -> set[pathlib.Path]:
-    """The pages in the tables of contents of a page, and in those of these pages."""
+    """The pages in the table of contents of a page, and in their tables of contents."""
     listed: set[pathlib.Path] = set()
     for fence in fences(page):
         if fence.language == "{toctree}":
@@ -184,7 +184,7 @@ def test_the_option_table_marks_exactly_the_static_arguments() -> None:
 
 
 def option_table() -> list[tuple[str, str, str]]:
-    """The rows of the reference's option table: argument, default, what the value may be."""
+    """The rows of the reference's option table: argument, default, kinds of values."""
     page = (ROOT / "docs" / "reference.md").read_text()
     section = page.partition("## Options\n")[2].partition("\n## ")[0]
     rows = [re.split(r"\s*\|\s*", row.strip("| ")) for row in re.findall(r"^\| `.*", section, re.M)]

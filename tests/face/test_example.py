@@ -1,4 +1,4 @@
-"""The pretraining example as a user runs it, with tiny models and a text made here."""
+"""The pretraining example as a user runs it, with tiny models and a generated text."""
 
 import csv
 import importlib
@@ -47,7 +47,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def losses_of(rows: list[dict[str, str]], optimizer: str) -> list[tuple[str, str, str]]:
-    """What must not depend on the machine's speed, as it is written."""
+    """The columns that must not depend on the machine's speed, as written."""
     return [
         (row["step"], row["train_loss"], row["held_out_loss"])
         for row in rows
@@ -61,7 +61,7 @@ def is_png(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of text, with a folder inside and a hidden file that is not to be read."""
+    """A folder of text, with a folder inside and a hidden file that must not be read."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "inner").mkdir()
     (folder / "b.txt").write_text("the quick brown fox jumps over the lazy dog; " * 30)
@@ -104,8 +104,8 @@ def test_both_optimizers_start_from_the_same_weights_and_see_the_same_batches(
     rows = rows_of(both[0])
     soap, adamw = losses_of(rows, "soap"), losses_of(rows, "adamw")
     assert soap[0] == adamw[0]
-    # Warmup starts at zero, so that the first two batches meet the initial weights: their losses
-    # differ by what two programs round differently in float32, no more.
+    # Warmup starts at zero, so that the first two batches see the initial weights. Their losses
+    # differ only by the float32 rounding of two programs.
     for step in (1, 2):
         assert float(soap[step][1]) == pytest.approx(float(adamw[step][1]), rel=1e-5)
     assert soap[-1] != adamw[-1]
@@ -197,7 +197,7 @@ def test_a_terminal_gets_a_bar_and_the_same_seed_gives_the_same_losses(
         while chunk := os.read(controller, 4096):
             shown += chunk
     except OSError:
-        pass  # how Linux says that the other end of a pseudo-terminal is closed
+        pass  # Linux raises this once the other end of a pseudo-terminal is closed
     finally:
         os.close(controller)
     stdout, _ = process.communicate()
@@ -234,7 +234,8 @@ def test_a_picture_that_cannot_be_drawn_costs_the_picture_only(folder: Path, tmp
 @pytest.mark.long
 def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     arguments = ("--optimizer", "adamw", "--steps", "1000000", "--batch-size", "64")
-    # Whoever runs the tests may ignore the signal, as `nohup` does: the child would inherit that.
+    # The process that runs the tests may ignore the signal, as under `nohup`, and the child would
+    # inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = start(*arguments, "--data", folder, "--out", tmp_path)
@@ -288,10 +289,10 @@ def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    """The example as a module, so that its mistakes need not import JAX anew each."""
+    """The example as a module, so that tests of mistakes do not import JAX again."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other packages say at import is not under test
-        patch.setenv("OPENBLAS_NUM_THREADS", "1")  # the example sets it: put it back afterwards
+        warnings.simplefilter("ignore")  # warnings of other packages at import are not under test
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")  # the example sets it; the patch restores it
         patch.syspath_prepend(str(ROOT / "examples"))
         return importlib.import_module("pretrain_lm")
 

@@ -1,7 +1,7 @@
-"""Flax, Equinox and plain trees: what holds the parameters changes no bit of what SOAP does.
+"""Flax, Equinox and plain trees: the container of the parameters changes no bit of SOAP's updates.
 
-Every run takes the same gradients, through another kind of tree or through the training loop that
-belongs to it. The plain-dict run is what it must equal, after each step and in every bit.
+Every run takes the same gradients, through another tree type or its training loop. It must equal
+the run of a plain dict after each step, in every bit.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from soap_optax import default_labels, scale_by_soap, soap
 
 Tree = Any
 
-# The first call fills the factors, the second gives the first bases, and with a frequency of 2 the
-# fourth and the sixth refresh them.
+# The first call fills the factors, and the second computes the first bases. With a frequency of 2,
+# the fourth and the sixth call refresh them.
 STEPS = 6
 SOAP = soap(1e-2, precondition_frequency=2)
 SOAP_AND_ADAMW = optax.partition({"soap": SOAP, "adamw": optax.adamw(1e-2)}, default_labels)
 
-# Two kernels share a stack, and the biases share the Adam bucket. No factor of the first gradient
-# lacks a rank, so that rounding does not decide what the first basis is.
+# Two kernels share a stack, and the biases share the Adam bucket. All factors of the first gradient
+# have full rank, so that rounding does not decide the first basis.
 WIDTH, HEADS, HEAD_DIM, OUT = 8, 2, 4, 8
 SHAPES = {
     "attention": {"kernel": (WIDTH, HEADS, HEAD_DIM)},
@@ -68,7 +68,7 @@ def given() -> tuple[Tree, list[Tree]]:
 
 
 class Step(NamedTuple):
-    """What one step gives."""
+    """The results of one step."""
 
     updates: Tree
     params: Tree
@@ -122,7 +122,7 @@ class Dense(eqx.Module):
 
 
 class EquinoxModel(eqx.Module):
-    """Its leaves stand in another order than those of a dict, and one is no array."""
+    """Its leaves have another order than in a dict, and one leaf is not an array."""
 
     mlp: Dense
     gate: Dense
@@ -135,7 +135,7 @@ def equinox_model(tree: Tree) -> EquinoxModel:
 
 
 class NNXModel(nnx.Module):
-    """A model with given parameters, its kernels split over a mesh by their rows if asked to be."""
+    """A model with given parameters. With `split`, its kernels are sharded by rows over a mesh."""
 
     def __init__(self, tree: Tree, split: bool = False) -> None:
         def arguments(name: str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class LinenModel(linen.Module):
 
 
 def linen_run(mesh: Mesh | None = None) -> Iterator[Tree]:
-    """A `TrainState` of a FrozenDict; where there is a mesh, of boxes, created where they say."""
+    """A `TrainState` of a FrozenDict; on a mesh, of boxes, created with the boxes' shardings."""
     params, all_grads = given()
     model, x = LinenModel(boxed=mesh is not None), jnp.ones((4, WIDTH))
     initial = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
@@ -231,7 +231,7 @@ def linen_run(mesh: Mesh | None = None) -> Iterator[Tree]:
 def nnx_run(
     optimizer: optax.GradientTransformation = SOAP, mesh: Mesh | None = None
 ) -> Iterator[Tree]:
-    """An `nnx.Optimizer`; kernels are made in the places that they name where there is a mesh."""
+    """An `nnx.Optimizer`; on a mesh, kernels are created with the shardings that they name."""
 
     @nnx.jit
     def create(tree: Tree) -> NNXModel:
@@ -316,8 +316,9 @@ def test_an_equinox_model_trained_with_its_own_functions_equals_the_plain_dict()
         assert model.activation is jnp.tanh
 
 
-# Kernels of several axes, and stacks of layers and experts. What is compared here is SOAP's part:
-# XLA may fuse the decay that follows with the way back to the leaves' axes, and round it otherwise.
+# Kernels of several axes, and stacks of layers and experts. These tests compare `scale_by_soap`.
+# XLA may fuse a later weight decay with the transposition to the leaves' axes, and round it
+# differently.
 
 
 def with_numbers(numbers: Any) -> optax.GradientTransformation:
@@ -346,14 +347,14 @@ LAYERS, EXPERTS, INNER, VOCABULARY = 3, 2, 5, 7
 
 
 class Numbers(NamedTuple):
-    """Dimension numbers that know more than two axes, as MaxText's own do."""
+    """Dimension numbers with an additional field, as in MaxText."""
 
     reduction_axis: tuple[int, ...]
     output_axis: tuple[int, ...]
     sharding: Any = None
 
 
-# As MaxText keeps its models: the axis of the layers is the second of every leaf in the decoder.
+# The shapes follow MaxText: the second axis of every leaf in the decoder is the layers' axis.
 MAXTEXT_SHAPES = {
     "decoder": {
         "decoder_norm": {"scale": (WIDTH,)},
@@ -395,7 +396,7 @@ MAXTEXT_NUMBERS = {
 
 
 def one_by_one(tree: Tree) -> Tree:
-    """The matrices of a model like MaxText's, each layer and expert by itself, and the rest."""
+    """The separate matrices of all layers and experts of a model like MaxText's, and the rest."""
     layers = tree["decoder"]["layers"]
     heads = HEADS * HEAD_DIM
     return {
@@ -454,7 +455,7 @@ def test_maxtexts_dimension_numbers_reach_into_boxes_and_nnx_states() -> None:
 
 
 class Layer(linen.Module):
-    """Attention's projections to its heads and back, in boxes."""
+    """Attention's projections into its heads and back, in boxes."""
 
     @linen.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -492,7 +493,7 @@ def test_layers_stacked_by_linen_scan_equal_the_layers_one_by_one() -> None:
     def layers(tree: Tree) -> list[Tree]:
         return [layer(tree, number) for number in range(LAYERS)]
 
-    # Counted from the ends, axes are the same in a stack and in a layer.
+    # These numbers are the same for a stack and for a layer, because they count from the ends.
     numbers = {
         "query": {"kernel": MuonDimensionNumbers(0, (-2, -1)), "bias": None},
         "out": {"kernel": MuonDimensionNumbers((0, -2), -1), "bias": None},
@@ -534,9 +535,9 @@ def test_layers_stacked_by_nnx_vmap_equal_the_layers_one_by_one() -> None:
     together = run(layers(params), [layers(grad) for grad in grads])
     for found, wanted in zip(found_steps, together, strict=True):
         assert_same_bits(found, wanted.params)
-    # One matrix compiles to another program than a stack of several, with another kind of product,
-    # so that layers in runs of their own are rounded differently. Parameters of size 1 move by 1e-2
-    # a step; 2e-7 was seen.
+    # One matrix compiles to another program than a stack of several, with another kind of product.
+    # Separate runs of layers therefore round differently. Parameters of size 1 move by 1e-2 a step.
+    # The largest difference seen is 2e-7.
     assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
     for number in range(LAYERS):
         alone = run(layer(params, number), [layer(grad, number) for grad in grads])
@@ -546,10 +547,10 @@ def test_layers_stacked_by_nnx_vmap_equal_the_layers_one_by_one() -> None:
 
 # Meshes of eight devices.
 
-# A program for eight devices may add in another order than one for a single device. In float64
-# that costs 1e-16 of numbers of size 1, and where Adam divides a small entry by its size or two
-# eigenvalues are near each other, some thousand times as much. A wrong or missing part of a
-# gradient moves a parameter by a share of the learning rate, 1e-2.
+# A program for eight devices may add in another order than one for a single device. In float64 that
+# costs 1e-16 of numbers of size 1. Two cases amplify it some thousand times: Adam divides a small
+# entry by its size, or two eigenvalues are close. A wrong or missing shard of a gradient moves a
+# parameter by a share of the learning rate, 1e-2.
 TOLERANCE = 1e-10
 
 

@@ -1,4 +1,4 @@
-"""`hyperball`: the norm of every matrix stays, and everything else gets the plain update."""
+"""`hyperball`: every matrix keeps its norm, and all other leaves get the plain update."""
 
 import functools
 import math
@@ -117,7 +117,7 @@ def test_learning_rate_is_the_tangent_of_the_angle() -> None:
 def test_size_of_the_direction_has_no_effect(scale: float) -> None:
     weights, direction = draw((6, 4)), draw((6, 4), seed=1)
     new, _ = moved(weights, direction)
-    # Rounding of numbers of size 1.
+    # Numbers of size 1 are rounded.
     np.testing.assert_allclose(
         moved(weights, np.float32(scale) * direction)[0], new, rtol=0, atol=1e-6
     )
@@ -142,7 +142,7 @@ def run(optimizer: optax.GradientTransformation, params: Any, steps: int) -> Any
 
 @pytest.mark.parametrize("rate", mostly_long([1e-4, RATE], [RATE]))
 def test_norms_stay_within_1e6_over_ten_thousand_float32_steps(rate: float) -> None:
-    """Measuring the norm anew in every step lets it drift by 1e-5 to 1e-4 here."""
+    """A norm measured again in every step would drift by 1e-5 to 1e-4 here."""
     start = 0.1 * jnp.asarray(draw((2, 16, 8)))
     optimizer = build(rate, dimension_numbers=Matrix(1, 2))
     end = run(optimizer, start, 10_000)
@@ -153,12 +153,12 @@ def test_norms_stay_within_1e6_over_ten_thousand_float32_steps(rate: float) -> N
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_norms_of_narrow_matrices_stay_within_the_unit_roundoff(dtype: Any) -> None:
-    """Rounding the weights moves a norm by the unit roundoff at most, whatever came before."""
+    """Rounded weights change a norm by the unit roundoff at most, after any number of steps."""
     start = jnp.asarray(draw((4, 3)), dtype)
     end = run(build(), start, 2000)
     assert end.dtype == dtype
     unit_roundoff = float(jnp.finfo(dtype).eps) / 2
-    # The update itself is rounded too, which is smaller by the learning rate.
+    # The update is rounded too. It is smaller than the weights by the learning rate.
     assert norm(end) == pytest.approx(norm(start), rel=unit_roundoff * (1 + 2 * RATE))
     assert norm(end - start) > 0.1 * norm(start)
 
@@ -172,7 +172,7 @@ def test_norms_are_those_of_the_first_update() -> None:
         updates, state = optimizer.update({"kernel": draw((4, 3), seed=call)}, state, loaded)
         new: Any = optax.apply_updates(loaded, updates)
         assert norm(new["kernel"]) == pytest.approx(norm(7 * draw((4, 3))), rel=1e-6)
-        loaded = jax.tree.map(lambda leaf: 1.5 * leaf, new)  # Too late to change the norm.
+        loaded = jax.tree.map(lambda leaf: 1.5 * leaf, new)  # This changes no recorded norm.
 
 
 def test_complex_matrices_keep_their_norm() -> None:
@@ -211,7 +211,7 @@ def test_everything_but_matrices_gets_the_plain_learning_rate() -> None:
     plain = optax.scale_by_learning_rate(RATE)
     wanted: Any = plain.update(directions, plain.init(params))[0]
     assert state.norms == ()
-    # The product of two bfloat16 numbers is rounded once more than float32 computes it.
+    # The product of two bfloat16 numbers has one more rounding than in float32.
     np.testing.assert_allclose(
         updates.pop("narrow").astype(np.float32),
         wanted.pop("narrow").astype(np.float32),
@@ -233,7 +233,7 @@ def test_a_matrix_of_zeros_gets_the_plain_update_in_all_steps() -> None:
     assert norm(params[1]) == pytest.approx(norm(start[1]), rel=1e-6)
 
 
-# Directions without a step.
+# Directions that leave weights unchanged.
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, 1e30], ids=str)
@@ -248,7 +248,7 @@ def test_a_direction_that_is_zero_or_not_finite_leaves_its_matrix_unchanged(bad:
 
 
 def test_a_step_to_the_origin_leaves_the_matrix_unchanged() -> None:
-    """Where the step ends, only rounding errors are left, and they are no direction."""
+    """At the origin only rounding errors are left, which have no direction."""
     for seed in range(3):
         weights = draw((5, 3), seed)
         np.testing.assert_array_equal(moved(weights, 3 * weights, 1.0)[0], weights)
@@ -271,7 +271,7 @@ def test_derivatives_through_a_step_are_finite_where_the_direction_is_zero() -> 
     assert all(np.isfinite(slope).all() for slope in slopes)
 
 
-# Weight decay beside it.
+# Weight decay before or after it.
 
 
 def test_weight_decay_before_it_only_makes_the_angle_smaller() -> None:
@@ -281,8 +281,8 @@ def test_weight_decay_before_it_only_makes_the_angle_smaller() -> None:
     updates, _ = decay.update(direction, decay.init(weights), weights)
     decayed: Any = optax.apply_updates(weights, updates)
     assert norm(decayed) == pytest.approx(norm(weights), rel=1e-6)
-    # Only the share of the direction that is tangential still moves the weights, and the step
-    # toward the origin makes the angle larger by the factor that the projection takes.
+    # Only the tangential share of the direction moves the weights. The step toward the origin
+    # makes the angle larger by the factor that the projection takes.
     size = norm(direction + 3 * weights)
     tangent = RATE * norm(direction) / size / (1 - RATE * 3 * norm(weights) / size)
     expected, _ = moved(weights, direction, tangent)
@@ -299,7 +299,7 @@ def test_weight_decay_after_it_is_undone_by_the_next_step() -> None:
         updates, state = optimizer.update(draw((6, 4), seed=call), state, params)
         params = optax.apply_updates(params, updates)
         sizes.append(norm(params) / norm(weights))
-    np.testing.assert_allclose(sizes, sizes[-1], rtol=0.02)  # It does not decay further.
+    np.testing.assert_allclose(sizes, sizes[-1], rtol=0.02)  # The norm does not decay further.
 
 
 # Dtypes, and JAX's strict modes.

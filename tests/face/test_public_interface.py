@@ -1,4 +1,4 @@
-"""What users see: names, signatures, types, the state's paths, examples, and what is imported."""
+"""The public interface: names, signatures, types, paths of the state, examples, and imports."""
 
 import doctest
 import inspect
@@ -120,7 +120,7 @@ def test_static_arguments_are_named_in_the_order_of_the_signatures() -> None:
     in_order = [key for key in SIGNATURES["soap"] if key in soap_optax.STATIC_ARGS]
     assert list(soap_optax.STATIC_ARGS) == in_order
     assert set(soap_optax.STATIC_ARGS[1:]) <= set(SIGNATURES["scale_by_soap"])
-    # What is not named there may be traced.
+    # All other arguments may be traced.
     rest = SIGNATURES["soap"].keys() - set(soap_optax.STATIC_ARGS)
     assert rest == {
         "learning_rate",
@@ -185,21 +185,22 @@ def test_every_other_argument_may_be_injected_and_changed_between_steps() -> Non
     plain_state = soap_optax.soap(**traced, **STATIC).init(params)
     assert {key: float(value) for key, value in state.hyperparams.items()} == pytest.approx(traced)
     for call, grad in enumerate(grads):
-        if call == 3:  # The frequency among them: call 3 would have refreshed, and now does not.
+        if call == 3:  # With the new frequency, call 3 no longer refreshes.
             traced |= {"b1": 0.5, "precondition_frequency": 3}
-            # The types that Optax gave them: a weakly typed integer, and a float32.
+            # Optax gave them these types: a weakly typed integer, and a float32.
             state.hyperparams["precondition_frequency"] = jnp.asarray(3)
             state.hyperparams["b1"] = jnp.asarray(0.5, jnp.float32)
         updates, state = step(grad, state)
         wanted, plain_state = plain_step(grad, plain_state, traced)
-        # Updates of size 1 of two programs; the first moment is rounded to 2^-9 of itself in both.
+        # Two programs compute updates of size 1. Both round the first moment by 2^-9 of itself.
         np.testing.assert_allclose(updates["kernel"], wanted["kernel"], rtol=0, atol=0.02)
     refreshes = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if jax.tree_util.keystr(path).endswith(".refreshes")
     ]
-    assert [leaf.tolist() for leaf in refreshes] == [[2]]  # Calls 1 and 4; 1 and 3 at frequency 2.
+    # Calls 1 and 4 refresh. At frequency 2, calls 1 and 3 would.
+    assert [leaf.tolist() for leaf in refreshes] == [[2]]
     assert len(traces) == 1
 
 
@@ -217,7 +218,7 @@ def test_static_arguments_of_scale_by_soap_are_all_but_the_first() -> None:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_forgetting_the_static_arguments_raises_with_the_way_out(name: str) -> None:
-    # Optax takes all numbers for hyperparameters, the default of `max_precond_dim` among them.
+    # Optax treats all numbers as hyperparameters, including the default of `max_precond_dim`.
     injected = optax.inject_hyperparams(factory(name))(
         **TRACED, **({"learning_rate": 0.1} if name == "soap" else {})
     )
@@ -308,8 +309,7 @@ def test_state_holds_plain_arrays_and_nothing_else(params: Any) -> None:
 
 
 def test_nothing_but_jax_optax_and_numpy_is_imported_at_run_time() -> None:
-    # What those three import themselves is theirs; everything later is this library's doing, also
-    # what it imports while it works.
+    # Imports of those three packages do not count. Every later import counts, during updates too.
     program = """
 import sys
 import jax, jax.numpy, numpy, optax

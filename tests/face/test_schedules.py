@@ -1,4 +1,4 @@
-"""Schedules for `precondition_frequency`: what they may return, and the ready one."""
+"""Schedules for `precondition_frequency`: allowed return values, and `thinning_frequency`."""
 
 import itertools
 import re
@@ -34,7 +34,7 @@ def test_the_interval_is_one_at_first_then_grows_in_proportion_up_to_the_most(
 
 
 def test_refreshes_of_a_run_follow_the_thinning_schedule() -> None:
-    """Twenty dense updates, then an interval that has passed since the last one."""
+    """The first twenty updates refresh. Then the interval is a tenth of the updates, at most 5."""
     optimizer = soap_optax.scale_by_soap(
         precondition_frequency=soap_optax.thinning_frequency(10, 5)
     )
@@ -75,7 +75,7 @@ def test_thinning_with_bad_arguments_raises_when_it_is_built(
 
 
 INFINITY = float("inf")
-# Numbers that a schedule may return, and the frequency in force then.
+# Numbers that a schedule may return, and the resulting frequency.
 NUMBERS = [
     (1, 1),
     (0, 1),
@@ -115,7 +115,7 @@ def test_a_schedule_may_return_any_number_and_it_counts_as_the_nearest_frequency
 ) -> None:
     found = schedules.frequency_at(lambda _count: returned, jnp.int32(5))
     assert found.dtype == jnp.int32
-    # Between 2^24 and the largest integer, a float32 knows no better.
+    # A float32 rounds integers above 2^24.
     assert int(found) == pytest.approx(frequency, rel=1e-6)
 
 
@@ -148,13 +148,13 @@ def test_a_frequency_for_each_block_raises_when_the_update_is_traced() -> None:
 
 
 def refreshes_by_rule(frequency_at: Callable[[int], int], calls: int) -> list[int]:
-    """The number of bases adopted after every call, by the rule in words."""
+    """The number of adopted bases after every call, from the documented rule."""
     age = refreshes = 0
     counts = []
     for call in range(calls):
         if call == 1:
             refreshes += 1
-        elif call > 1 and age >= frequency_at(call - 1):  # Updates applied so far.
+        elif call > 1 and age >= frequency_at(call - 1):  # The number of updates so far.
             refreshes += 1
             age = 0
         age += call > 0

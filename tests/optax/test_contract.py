@@ -1,8 +1,8 @@
 """Optax's own tests for contributed optimizers, run against SOAP.
 
-Optax ships its test files with the package. The one for contributed optimizers expands its cases
-from lists of optimizers when it is imported, and looks each up by name in ``optax.contrib``. It is
-imported here once more, with this library's cases in place of those lists.
+Optax ships its test files with the package. At import, the file for contributed optimizers expands
+its cases from lists of optimizers, and finds each by name in ``optax.contrib``. This module imports
+that file again, with this library's cases instead of the lists.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from absl.testing import parameterized
 
 import soap_optax
 
-# The file belongs to the installed Optax, and what it calls may be deprecated by a newer JAX.
+# The file is the installed Optax's. It may call functions that a newer JAX deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -60,7 +60,7 @@ def case(
 
 
 CASES = [
-    # Normalised updates never get smaller: the learning rate says how near a minimum they come.
+    # Normalized updates never get smaller: the learning rate decides the distance to a minimum.
     case(
         "soap",
         learning_rate=1e-3,
@@ -74,7 +74,7 @@ CASES = [
 ]
 OTHER_CASES = [
     case("soap", learning_rate=1e-2),
-    # Half of the targets are vectors: the options matter where those have a factor as well.
+    # Half of the targets are vectors. With factors for vectors, the options affect these, too.
     case(
         "soap",
         learning_rate=1e-2,
@@ -84,14 +84,14 @@ OTHER_CASES = [
         correct_bias=False,
     ),
     case("clipped_soap", learning_rate=1e-2),
-    # AdamW's decay: one of 1e-2 at this learning rate moves the minimum beyond the tolerance.
+    # AdamW's decay. At this learning rate, 1e-2 would move the minimum beyond the tolerance.
     case("soap", ("mechanize", {"weight_decay": 0.0}), learning_rate=1.0, weight_decay=1e-4),
     case("soap", ("schedule_free", {"learning_rate": 1e-2}), learning_rate=1e-2, b1=0.0),
 ]
 
 
 def contract_of_the_installed_optax(cases: Sequence[dict[str, Any]]) -> type[Any]:
-    """The class in Optax's file for contributed optimizers, expanded over these cases."""
+    """The test class in Optax's file for contributed optimizers, expanded over these cases."""
     spec = importlib.util.find_spec("optax.contrib._common_test")
     assert spec is not None
     assert spec.loader is not None
@@ -113,7 +113,7 @@ _inject_hyperparams = optax.inject_hyperparams
 def inject_hyperparams(
     factory: Callable[..., optax.GradientTransformation], static_args: Sequence[str]
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """Optax's with our static arguments: its file has a list of them for its own optimizers."""
+    """Optax's function, with this library's static arguments added to the list in its file."""
     parameters = inspect.signature(factory).parameters
     ours = [name for name in soap_optax.STATIC_ARGS if name in parameters]
     return _inject_hyperparams(factory, static_args=(*static_args, *ours))
@@ -139,9 +139,9 @@ class WithOurOptimizers:
 
 
 class TestContract(WithOurOptimizers, contract_of_the_installed_optax(CASES)):
-    """All that Optax asks of a contributed optimizer."""
+    """Optax's tests of a contributed optimizer."""
 
 
 @pytest.mark.long
 class TestContractOfOtherCases(WithOurOptimizers, contract_of_the_installed_optax(OTHER_CASES)):
-    """The same of other options and wrappers."""
+    """The same tests with other options and wrappers."""

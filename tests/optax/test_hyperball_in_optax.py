@@ -30,7 +30,7 @@ _INPUTS = np.random.default_rng(2).normal(size=(32, 6)).astype(np.float32)
 
 
 def loss(params: Tree) -> jax.Array:
-    """The error of a network whose layer is normalized, so that only directions matter."""
+    """The loss of a network with a normalized layer, for which only directions matter."""
     hidden = _INPUTS @ params["embed"]["kernel"]
     hidden = hidden / jnp.sqrt(jnp.mean(hidden**2, axis=-1, keepdims=True))
     outputs = hidden @ params["head"]["kernel"] + params["head"]["bias"][None, :]
@@ -62,7 +62,7 @@ def norms(params: Tree) -> list[float]:
 
 
 def assert_close(found: Tree, wanted: Tree) -> None:
-    """Equal but for what another program rounds differently in float32."""
+    """Compares two programs, which may round differently in float32."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), found, wanted)
 
 

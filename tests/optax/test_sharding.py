@@ -36,9 +36,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {
 STEPS = 5
 
 # A program for eight devices adds in another order than one for a single device. In float64 that
-# costs 1e-16 of numbers of size 1, and some thousand times as much where Adam divides a small entry
-# by its size or two eigenvalues are close. A wrong or missing shard of a gradient moves a parameter
-# by a share of the learning rate, 0.1.
+# costs 1e-16 of numbers of size 1. Two cases amplify it some thousand times: Adam divides a small
+# entry by its size, or two eigenvalues are close. A wrong or missing shard of a gradient moves a
+# parameter by a share of the learning rate, 0.1.
 TOLERANCE = 1e-9
 
 
@@ -47,7 +47,7 @@ def soap(**options: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def mesh_of(*types: AxisType) -> Mesh:
-    """Eight devices in as many axes as there are types, the last of them called x."""
+    """A mesh of eight devices with one axis for each type; the last axis is x."""
     shapes = {1: ((8,), ("x",)), 2: ((2, 4), ("y", "x"))}
     return jax.make_mesh(*shapes[len(types)], axis_types=types)
 
@@ -65,7 +65,7 @@ def shard(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def spec_in(mesh: Mesh, name: str) -> PartitionSpec:
-    """The sharding of a leaf as programs spell it: explicit ones have an entry for every axis."""
+    """A leaf's spec in the form that programs return: explicit specs name every axis."""
     shape, spec = SHAPES[name]
     missing = len(shape) - len(spec) if mesh.axis_types == (AxisType.Explicit,) else 0
     return PartitionSpec(*spec, *[None] * missing)
@@ -201,7 +201,7 @@ def test_injected_hyperparameters_work_on_an_explicit_mesh() -> None:
         assert_equals_single_device_run(params)
 
 
-# Automatic axes: the compiler chooses shardings that nobody has specified.
+# Automatic axes: the compiler chooses the shardings that are not specified.
 
 
 @pytest.mark.long
@@ -214,11 +214,11 @@ def test_automatic_mesh_gives_the_single_device_run_from_two_programs_at_most(
         params, optimizer = shard(draw(), mesh), soap()
         params, programs = train(optimizer, params, jax.jit(optimizer.init)(params))
         assert_equals_single_device_run(params)
-        # As for AdamW: one program for the first state, and one for the state it returns.
+        # As with AdamW, one program takes the first state, and one takes the returned state.
         assert programs <= 2
 
 
-# Optax's own.
+# Optax's own tests.
 
 
 OPTIMIZERS = {
@@ -228,7 +228,7 @@ OPTIMIZERS = {
 
 
 def sharding_test_of_the_installed_optax(name: str) -> type[unittest.TestCase]:
-    """The test case in the file that Optax ships, expanded over one of our optimizers."""
+    """The test case in Optax's file, expanded over one of this library's optimizers."""
     spec = importlib.util.find_spec("optax._src.sharding_test")
     assert spec is not None
     assert spec.loader is not None
@@ -244,7 +244,7 @@ def sharding_test_of_the_installed_optax(name: str) -> type[unittest.TestCase]:
     return module.ShardingTest
 
 
-@pytest.mark.filterwarnings("ignore")  # What Optax calls in its file may be deprecated.
+@pytest.mark.filterwarnings("ignore")  # Optax's file may call deprecated functions.
 @pytest.mark.skipif(
     not importlib.util.find_spec("optax._src.sharding_test"), reason="Optax ships it from 0.2.7 on"
 )
@@ -253,7 +253,7 @@ def test_the_sharding_test_of_the_installed_optax_passes(name: str) -> None:
     case = sharding_test_of_the_installed_optax(name)
     names = [name for name in unittest.TestLoader().getTestCaseNames(case) if "soap" in name]
     result = unittest.TestResult()
-    # The file compares versions as strings, in which "0.10" comes before "0.7" and skips a test.
+    # The file compares versions as strings: "0.10" is below "0.7", and a test would be skipped.
     with mock.patch.object(jax, "__version__", "0.9"):
         unittest.TestSuite(map(case, names)).run(result)
     assert not result.failures + result.errors, "\n".join(

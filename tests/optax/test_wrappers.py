@@ -1,4 +1,4 @@
-"""SOAP inside Optax's wrappers: each does to it what it does to any other transformation."""
+"""SOAP inside Optax's wrappers behaves like any other transformation."""
 
 import functools
 from collections.abc import Callable
@@ -18,9 +18,9 @@ RATE = 1e-2
 STEPS = 7
 FREQUENCY = 3  # The run has a first basis, refreshes, and plain steps between them.
 
-# Two programs that round differently agree only where a first basis is unique: where the gradient
-# has full rank along every preconditioned axis, as that of a square matrix has. All matrices have
-# one shape, because XLA compiles a program for each shape of a block.
+# Two programs that round differently agree only if the first basis is unique. The gradient must
+# have full rank along every preconditioned axis, as a square matrix has. All matrices have one
+# shape, because XLA compiles a program for each block shape.
 OPTIONS: dict[str, Any] = {"precondition_frequency": FREQUENCY}
 
 PARAMS: Any = {
@@ -50,12 +50,12 @@ def loss(params: Any, wrap: Callable[[Callable], Callable] = lambda layer: layer
 
 @functools.cache
 def soap(learning_rate: Any = RATE, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """The same object for the same options, so that all tests share its compiled update."""
+    """One object for each set of options, so that all tests share its compiled update."""
     return soap_optax.soap(learning_rate, **(OPTIONS | options))
 
 
 def gradients(steps: int = STEPS, params: Any = PARAMS) -> list[Any]:
-    """Gradients like the parameters, other ones in every step."""
+    """Random gradients in the shapes of the parameters, different in every step."""
     rng = np.random.default_rng(2)
     return [
         jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
@@ -71,7 +71,7 @@ def jitted_update(optimizer: optax.GradientTransformation) -> Callable[..., Any]
 def run(
     optimizer: optax.GradientTransformation, grads: list[Any], params: Any = PARAMS, **extra: Any
 ) -> tuple[list[Any], Any]:
-    """The updates of every step, with the parameters moving along, and the last state."""
+    """The updates of every step, which are applied to the parameters, and the last state."""
     update = jitted_update(optimizer)
     params = jax.tree.map(jnp.asarray, params)
     state, history = optimizer.init(params), []
@@ -83,10 +83,10 @@ def run(
 
 
 def assert_close(actual: Any, expected: Any) -> None:
-    """Equal but for what another program rounds differently in float32.
+    """Compares two programs, which may round differently in float32.
 
-    A step's result is a sum of tens of products of numbers of size one: 1e-6. The division by the
-    root of the second moment may enlarge this where an entry of the gradient was small by chance.
+    An update is a sum of tens of products of numbers of size one, with an error of 1e-6. The
+    division by the root of the second moment may amplify it for small entries of a gradient.
     """
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
@@ -111,7 +111,7 @@ def test_clipping_before_it_is_soap_of_clipped_gradients() -> None:
     clipped = [clip.update(grad, clip.init(PARAMS))[0] for grad in grads]
     chained, _ = run(optax.chain(clip, soap()), grads)
     assert_close(chained, run(soap(), clipped)[0])
-    # The clipping does something that SOAP notices: the gradients' norms are not all the same.
+    # Clipping changes SOAP's updates, because the gradients have different norms.
     with pytest.raises(AssertionError):
         assert_close(chained, run(soap(), grads)[0])
 
@@ -187,7 +187,7 @@ def test_masked_soap_leaves_the_other_gradients_alone_and_has_no_state_of_them()
 @pytest.mark.parametrize("wrapper", ["partition", "multi_transform"])
 def test_partition_by_default_labels_is_each_optimizer_on_its_own_leaves(wrapper: str) -> None:
     parts = {"soap": soap(), "adamw": optax.adamw(3 * RATE)}
-    # The head of this network is a list, called *head*; the embedding and the bias are AdamW's too.
+    # AdamW gets the head, a list under the name *head*, and also the embedding and the bias.
     optimizer = getattr(optax, wrapper)(parts, soap_optax.default_labels)
     labels = soap_optax.default_labels(PARAMS)
     assert jax.tree.leaves(labels) == ["adamw", "adamw", "adamw", "soap"]
@@ -202,7 +202,7 @@ def test_partition_by_default_labels_is_each_optimizer_on_its_own_leaves(wrapper
     assert list(soap_state(state).stacks) == ["4x4"]
 
 
-# Wrappers that hold gradients back ----------------------------------------------------------------
+# Wrappers that accumulate or drop gradients -------------------------------------------------------
 
 
 @pytest.mark.usefixtures("implicit_promotion")
@@ -240,7 +240,7 @@ def test_apply_if_finite_drops_a_bad_step_as_if_it_had_not_been() -> None:
 
 @pytest.mark.long
 def test_schedule_free_soap_without_a_first_moment_learns() -> None:
-    """`b1=0`: schedule-free averaging takes the place of the first moment."""
+    """`b1=0`: schedule-free averaging replaces the first moment."""
     optimizer = optax.contrib.schedule_free(
         soap(0.1, b1=0.0, weight_decay=0.0), learning_rate=0.1, b1=0.9
     )
@@ -255,9 +255,10 @@ def test_schedule_free_soap_without_a_first_moment_learns() -> None:
     for _ in range(60):
         params, state = step(params, state)
     averaged = optax.contrib.schedule_free_eval_params(state, params)
-    # From 2.65 to 0.30 with JAX 0.10; what 16 random targets leave to fit is nearly nothing.
+    # With JAX 0.10 the loss falls from 2.65 to 0.30. It could fall to nearly zero: the network can
+    # fit 16 random targets.
     assert float(loss(averaged)) < 0.25 * float(loss(PARAMS))
-    # One after the first gradient and then one in every third update, for each of three blocks.
+    # Each of three blocks refreshes after the first gradient, and then at every third update.
     assert int(soap_optax.diagnostics(state)["soap/refreshes"]) == 3 * 20
 
 
@@ -331,7 +332,7 @@ def test_tree_map_params_with_the_identity_changes_nothing() -> None:
 
 
 def test_tree_map_params_casts_what_mirrors_parameters_and_leaves_soaps_blocks_alone() -> None:
-    """No array of SOAP's state belongs to one parameter: they are blocks of several."""
+    """No array of SOAP's state belongs to one parameter: it has blocks of several parameters."""
     optimizer = optax.chain(optax.trace(0.9), soap())
     _, state = run(optimizer, gradients(3))
     cast: Any = optax.tree_map_params(optimizer, lambda leaf: leaf.astype(jnp.bfloat16), state)
@@ -368,7 +369,7 @@ def train(optimizer: optax.GradientTransformation, loss: Callable, params: Any) 
 
 
 @pytest.mark.long
-# In float64: a run makes what rounds differently in a batch twenty times as large.
+# The test uses float64: a run amplifies the different rounding of a batch twenty times.
 @pytest.mark.usefixtures("x64")
 def test_training_runs_may_be_mapped_over_seeds() -> None:
     def from_seed(seed: jax.Array) -> Any:
@@ -394,7 +395,7 @@ def test_checkpointed_loss_trains_as_the_loss_itself() -> None:
 
 
 def test_schedule_of_the_frequency_changes_the_rhythm_without_a_new_program() -> None:
-    """Refreshes at every update during the first four, at every third one after that."""
+    """Refreshes at each of the first four updates, and at every third update after them."""
     optimizer = soap(
         precondition_frequency=optax.join_schedules(
             [optax.constant_schedule(1), optax.constant_schedule(3)], [4]

@@ -53,7 +53,7 @@ def kernels_and_bias() -> dict[str, jax.Array]:
 
 
 def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
-    # The handler lets `item_metadata` know what was saved, also in a process that saved nothing.
+    # With this handler, `item_metadata` also works in a process that saved nothing.
     return ocp.CheckpointManager(directory, item_handlers=ocp.StandardCheckpointHandler())
 
 
@@ -63,7 +63,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, initial_state: Callable[[], Any]) -> Any:
-    """What was saved, in the form that `initial_state` gives it, of which only the shapes count."""
+    """The saved state, in the form of `initial_state`; only the shapes of that are used."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = checkpointed_run.target(initial_state, sharding)
     return manager.restore(step, args=ocp.args.StandardRestore(target))
@@ -138,7 +138,7 @@ def test_orbax_keeps_every_bit_of_every_dtype_that_a_state_may_have(
     }
     rng = np.random.default_rng(0)
 
-    def random_bits(leaf: jax.ShapeDtypeStruct) -> jax.Array:  # Among them NaN and subnormal ones.
+    def random_bits(leaf: jax.ShapeDtypeStruct) -> jax.Array:  # NaN and subnormals among them.
         bits = rng.bytes(leaf.size * leaf.dtype.itemsize)
         return jnp.asarray(np.frombuffer(bits, leaf.dtype).reshape(leaf.shape))
 
@@ -155,7 +155,7 @@ def test_orbax_keeps_every_bit_of_every_dtype_that_a_state_may_have(
     assert_same_bits(restored, state)
 
 
-# Telling what does not fit.
+# Errors for checkpoints that do not fit.
 
 
 def training_state(params: Any, **options: Any) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def training_state(params: Any, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One training state in all the forms in which a user may hold a checkpoint of it."""
+    """One training state, in all forms of a checkpoint that a user may have."""
     state = training_state(kernels_and_bias())
     directory = tmp_path_factory.mktemp("checkpoints")
     with open_manager(directory) as manager:
@@ -290,8 +290,8 @@ def test_a_checkpoint_of_another_layout_raises_with_its_version(tmp_path: pathli
     state = jax.tree_util.tree_map_with_path(other_version, initial)
     with open_manager(tmp_path) as manager:
         save(manager, 0, state)
-        check_checkpoint(manager.item_metadata(0).tree, initial)  # There are no values in it,
-        jax.eval_shape(lambda traced: check_checkpoint(traced, initial), state)  # nor in a trace.
+        check_checkpoint(manager.item_metadata(0).tree, initial)  # Metadata has no values,
+        jax.eval_shape(lambda traced: check_checkpoint(traced, initial), state)  # nor has a trace.
         restored = [
             restore(manager, 0, lambda: initial),
             manager.restore(0, args=ocp.args.StandardRestore()),
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_layout_raises_with_its_version(tmp_path: pathli
     for checkpoint in restored:
         with pytest.raises(ValueError, match=message):
             check_checkpoint(checkpoint, initial)
-        with pytest.raises(ValueError, match=message):  # That is why the leaves differ.
+        with pytest.raises(ValueError, match=message):  # The version is the cause.
             check_checkpoint(checkpoint, {"something": "else"})
 
 
@@ -335,7 +335,7 @@ def test_numbers_and_random_keys_may_be_stored_in_another_form(tmp_path: pathlib
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where the processes find the programs that others have compiled."""
+    """The folder of compiled programs, which all processes share."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -343,8 +343,8 @@ def digests(events: Iterable[Event]) -> dict[int, str]:
     return {event.step: event.digest for event in events if event.digest}
 
 
-# The event after which a run is killed: before the first step, which is compiled then; between two
-# steps; while a checkpoint is written; and once one has been. The number of events varies as well.
+# A run is killed after one of these events: before the first step, while that compiles; between two
+# steps; while a checkpoint is written; after that. The number of events varies, too.
 KILLED_AFTER = [
     (kind, 1 if kind == "resumed" else times)
     for times in (1, 2, 3, 1, 2)
@@ -357,7 +357,7 @@ def test_a_run_killed_many_times_loses_nothing_that_was_saved(
     kills: int, compiled: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     rng = random.Random(0)
-    steps = 300  # Several times as many as the killed run gets to, and done in seconds.
+    steps = 300  # Several times as many as the killed run takes, but done in seconds.
     uninterrupted = digests(start(tmp_path / "alone", compiled, steps, steps).finish())
     directory = tmp_path / "killed"
     begun, saved, left_incomplete = 0, 0, 0
@@ -390,7 +390,7 @@ def test_a_run_moves_from_eight_devices_to_four_to_one(
     digest = None
     for devices, last in ((8, 6), (4, 11), (1, steps)):
         events = start(moved, compiled, last, steps, devices=devices).finish()
-        # What is restored on fewer devices is what was saved, bit for bit.
+        # Fewer devices restore every bit of the saved state.
         assert digest in (None, events[0].digest)
         digest = digests(events)[last]
 
@@ -399,9 +399,8 @@ def test_a_run_moves_from_eight_devices_to_four_to_one(
             state = restore(manager, steps, checkpointed_run.initial_state)
         return jax.tree.leaves(jax.device_get(state["params"]))
 
-    # On another number of devices the gradient's sum over the batch is rounded in another order.
-    # That moves parameters, which are below 1, by about the spacing of float32, 1.2e-7, and later
-    # steps carry it on: 2e-7 was seen at the end. A run that lost its first moment on the way was
-    # off by 2e-2.
+    # Another number of devices adds the gradients of the batch in another order. That moves
+    # parameters, which are below 1, by about the spacing of float32, 1.2e-7. Later steps keep the
+    # difference: 2e-7 was seen at the end. A run that lost its first moment was off by 2e-2.
     for found, wanted in zip(parameters(moved), parameters(stayed), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)

@@ -32,7 +32,7 @@ TREES = {
         "temperature": ((), jnp.float32),
     },
     "convolutions": {"first": ((3, 3, 1, 8), jnp.float32), "second": ((3, 3, 8, 16), jnp.float16)},
-    # No divisor of 13 suits a block size of 6: tiles of 5, 4 and 4. A side of 1 has no factor.
+    # 13 has no divisor for a block size of 6: tiles of 5, 4 and 4. An axis of 1 has no factor.
     "odd": {"prime": ((13, 7), jnp.float32), "row": ((1, 9), jnp.float32), "one": ((1, 1), "f4")},
     "without entries": {"none": ((0, 4), jnp.float32), "some": ((5, 4), jnp.float32)},
     "one leaf": ((6, 4), jnp.float32),
@@ -59,7 +59,7 @@ OPTIONS = {
 
 
 def shapes_of(tree: Any) -> Any:
-    """A tree of shapes out of one of `TREES`."""
+    """The shapes of one of `TREES`."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(*leaf), tree, is_leaf=lambda node: isinstance(node, tuple)
     )
@@ -149,7 +149,7 @@ def test_the_state_of_soap_with_a_schedule_is_within_a_percent() -> None:
         ((512, 2048), {"one_sided": True}, "1 x 512x2048", (0,)),
         ((512, 512), {"one_sided": True}, "1 x 512x512", (0,)),
         ((1, 50304, 768), {"one_sided": True}, "1 x 1x50304x768", (2,)),
-        # Every tile has a shortest side of its own.
+        # The shortest axis differs from tile to tile.
         (
             (7, 5),
             {"one_sided": True, "block_size": 4},
@@ -229,7 +229,7 @@ def test_the_table_is_aligned(tree: Any) -> None:
     for line in lines:
         for start, end in itertools.pairwise(starts):
             cell = line[start:end]
-            assert cell.isspace() or not cell.startswith(" ")  # It begins where its column does.
+            assert cell.isspace() or not cell.startswith(" ")  # It starts with its column.
             assert cell.endswith("  ")
     assert [line.split()[0] for line in lines[-2:]] == ["shared", "total"]
 
@@ -248,7 +248,7 @@ def test_the_table_holds_every_number_of_the_description() -> None:
 
 
 def cells(lines: Sequence[str]) -> list[list[str]]:
-    """The cells of a table that are not empty: columns are at least two spaces apart."""
+    """The non-empty cells of a table, whose columns are at least two spaces apart."""
     return [re.split(r"\s{2,}", line.strip()) for line in lines]
 
 

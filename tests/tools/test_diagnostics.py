@@ -1,4 +1,4 @@
-"""What `diagnostics` reads off a state, against NumPy in float64; cheap, and never a NaN."""
+"""`diagnostics` agrees with NumPy in float64, costs little, and adds no NaN."""
 
 import collections
 import functools
@@ -26,7 +26,7 @@ SHAPES = {"first": (7, 5), "second": (7, 5), "third": (7, 5), "scalar": (), "vec
 KIND = "soap/7x5"
 OPTIMIZER = soap_optax.scale_by_soap(precondition_frequency=4)
 step = jax.jit(OPTIMIZER.update)
-# Many small operations: one program for each state takes less time than one for each operation.
+# One program for each state takes less time than a program for each of many small operations.
 read = jax.jit(diagnostics, static_argnames="sample")
 # Float32 rounds by 6e-8 in each of some ten operations.
 ROUNDING = 1e-6
@@ -34,7 +34,7 @@ ROUNDING = 1e-6
 
 @functools.cache
 def trained_state(seed: int = 0) -> State:
-    """A state in the middle of training: bases a few updates old, so not quite aligned."""
+    """A state in the middle of training: its bases are a few updates older than its factors."""
     rng = np.random.default_rng(seed)
     state = fresh_state()
     for _ in range(8):
@@ -51,7 +51,7 @@ def fresh_state() -> State:
 
 
 def state_with(factor: np.ndarray, basis: np.ndarray) -> State:
-    """A state of one block with these as factor and basis of its only preconditioned axis."""
+    """The state of one block, whose only preconditioned axis has this factor and basis."""
     state = soap_optax.scale_by_soap().init(jnp.zeros((len(factor), 1)))
     assert isinstance(state, State)
     ((kind, stack),) = state.stacks.items()
@@ -69,7 +69,7 @@ def scalars_of(factor: np.ndarray, basis: np.ndarray) -> dict[str, float]:
 
 
 def random_rotation(length: int, size: float = np.inf) -> np.ndarray:
-    """An orthogonal matrix, the identity but for `size`, or any."""
+    """A random orthogonal matrix; a finite `size` limits its distance from the identity."""
     square = np.random.default_rng(1).normal(size=(length, length))
     near = square if np.isinf(size) else np.eye(length) + size * (square - square.T)
     q, r = np.linalg.qr(near)
@@ -108,16 +108,16 @@ def test_every_scalar_equals_numpys(sample: int | None) -> None:
         "condition_number": max(numpy_condition_number(*pair) for pair in pairs),
         "direction_rms": numpy_rms(state.stacks["7x5"]),
     }
-    # The departure is rounding itself, and NumPy's float64 sees it of another basis' rounding.
+    # The departure is only rounding, which differs in NumPy's float64.
     absolute = {"departure_from_orthonormality": 1e-6}
     for name, value in expected.items():
-        # A quotient is off by rounding of the largest one, and the smallest is 1/30 of it.
+        # Rounding of the largest quotient affects all of them, and the smallest is 1/30 of it.
         approximate = pytest.approx(value, rel=100 * ROUNDING, abs=absolute.get(name, 0))
         assert scalars[f"{KIND}/{name}"] == approximate
     assert scalars["soap/adam/direction_rms"] == pytest.approx(
         numpy_rms(state.adam["float32"]), rel=ROUNDING
     )
-    assert 0.05 < scalars[f"{KIND}/off_diagonal_mass"] < 1  # So that there is something to measure.
+    assert 0.05 < scalars[f"{KIND}/off_diagonal_mass"] < 1  # There is something to measure.
 
 
 def numpy_rms(part: Any) -> float:
@@ -126,10 +126,10 @@ def numpy_rms(part: Any) -> float:
 
 
 def test_null_directions_are_rounding_and_count_for_nothing_in_the_direction() -> None:
-    """Rows that never have a gradient, as embeddings of unused tokens: 0/0 but for rounding."""
+    """Rows without gradients, as for embeddings of unused tokens, would give 0/0 plus rounding."""
     mu = np.full((2, 3, 2), 0.5, np.float32)
     nu = np.ones((2, 3, 2), np.float32)
-    mu[0, 2], nu[0, 2] = 1e-12, 1e-38  # Seen so in a language model: 1e7 each, if they counted.
+    mu[0, 2], nu[0, 2] = 1e-12, 1e-38  # As in a language model. Each entry would count 1e7.
     state: Any = soap_optax.scale_by_soap().init([jnp.ones((3, 2))] * 2)
     stack = state.stacks["3x2"]._replace(mu=jnp.asarray(mu), nu=jnp.asarray(nu))
     scalars = read(state._replace(stacks={"3x2": stack}))
@@ -150,7 +150,7 @@ def test_counters_are_summed_over_blocks_and_adam_leaves() -> None:
     assert isinstance(state, State)
     scalars = {key: int(scalar) for key, scalar in read(state).items()}
     assert scalars["soap/rejected_gradients"] == 2
-    assert scalars["soap/age"] == 4  # The oldest: the second block is still at 3.
+    assert scalars["soap/age"] == 4  # The largest age; the second block's is still 3.
 
     stack = state.stacks["7x5"]
     stack = stack._replace(rejected_refreshes=jnp.asarray([1, 0, 2]))
@@ -183,7 +183,7 @@ def test_every_value_is_a_scalar_of_float32_or_int32(x64: None) -> None:
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize("decades", [1, 6])
 def test_a_small_off_diagonal_mass_does_not_cancel(decades: int, size: float) -> None:
-    """A difference of two norms in float32 sees nothing below 3e-4."""
+    """A difference of two float32 norms would lose masses below 3e-4."""
     length = 24
     eigenvectors = random_rotation(length)
     factor = eigenvectors * np.logspace(0, -decades, length) @ eigenvectors.T
@@ -191,13 +191,13 @@ def test_a_small_off_diagonal_mass_does_not_cancel(decades: int, size: float) ->
     expected = numpy_off_diagonal_mass(factor, basis)
     assert size / 10 < expected < 10 * size
     measured = scalars_of(factor, basis)["off_diagonal_mass"]
-    # Rounding of the factor, of the basis and of the product, 6e-8 each, adds to the mass.
+    # The factor, the basis and the product are rounded by 6e-8 each, which adds to the mass.
     assert measured == pytest.approx(expected, rel=1e-3, abs=3e-7)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e36])
 def test_ratios_do_not_depend_on_the_size_of_the_gradients(scale: float) -> None:
-    """In float32 the squares of these entries are 0 or infinite."""
+    """The squares of these entries are 0 or infinite in float32."""
     eigenvectors = random_rotation(8)
     factor = eigenvectors * np.linspace(1, 2, 8) @ eigenvectors.T
     basis = eigenvectors @ random_rotation(8, 0.1)
@@ -210,8 +210,8 @@ def test_an_eigenbasis_has_no_mass_off_the_diagonal_and_the_true_condition_numbe
     eigenvectors = random_rotation(16)
     factor = eigenvectors * np.logspace(2, -1, 16) @ eigenvectors.T
     scalars = scalars_of(factor, eigenvectors)
-    # Rounding of the factor, the basis and the product; the smallest of the 1,000-fold spectrum
-    # takes 1,000 times as much of it.
+    # The factor, the basis and the product are rounded. The smallest eigenvalue is 1/1,000 of the
+    # largest, so its relative error is 1,000 times as large.
     assert scalars["off_diagonal_mass"] < ROUNDING
     assert scalars["condition_number"] == pytest.approx(1000, rel=1000 * ROUNDING)
 
@@ -304,7 +304,7 @@ def test_inside_a_jitted_step_it_returns_the_same_and_traces_once() -> None:
         outside = read(state)
         assert list(inside) == sorted(outside)
         for key, value in outside.items():
-            # Two programs round differently, also the departure, which is all rounding.
+            # Two programs round differently. The departure is nothing but rounding.
             assert float(inside[key]) == pytest.approx(float(value), rel=1e-3, abs=ROUNDING)
     assert len(traces) == 1
 

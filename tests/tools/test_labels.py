@@ -1,4 +1,4 @@
-"""`default_labels`: which parameters SOAP is for, by path and shape."""
+"""`default_labels` chooses SOAP's parameters by path and shape."""
 
 import dataclasses
 from typing import Any
@@ -247,7 +247,7 @@ def paths_for_soap(params: Any) -> set[str]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Linear:
-    """A module that is a pytree by its attributes, as Equinox makes them."""
+    """A module that is a pytree of its attributes, as in Equinox."""
 
     weight: Any
     bias: Any
@@ -308,7 +308,7 @@ def test_each_part_of_a_partition_is_updated_as_if_alone() -> None:
             lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params
         )
         differences, together, states = step(grads, together, states)
-        # Updates are of the size of the learning rate, and may be compiled to round differently.
+        # Updates are of the learning rate's size, and two programs may round them differently.
         assert max(map(float, jax.tree.leaves(differences))) < 1e-6
 
 
