@@ -57,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         hypothesis.settings.load_profile("short")
         # Compiling takes most of the time, and half as long again with LLVM's optimizations. The
-        # long suite compiles as users do, and so does every test with `optimized_programs`.
+        # long suite compiles as users do, apart from tests with `unoptimized_programs`, and so does
+        # every test with `optimized_programs`.
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For other processes.
         jax.config.update(
             "jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS")
@@ -87,13 +88,24 @@ for _profile, _examples in (("short", 3), ("long", 10)):
     )
 
 
+def compile_with_most_optimizations(disabled: bool) -> Iterator[None]:
+    """The body of a fixture that sets whether most of LLVM's optimizations are disabled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", disabled)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def optimized_programs() -> Iterator[None]:
     """Compiles the programs of a test as users do, in the short suite too."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    yield from compile_with_most_optimizations(disabled=False)
+
+
+@pytest.fixture
+def unoptimized_programs() -> Iterator[None]:
+    """Compiles the programs of a test fast, in the long suite too."""
+    yield from compile_with_most_optimizations(disabled=True)
 
 
 @pytest.fixture
