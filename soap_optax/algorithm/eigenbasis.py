@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.lax import Precision
 
 from soap_optax.algorithm import partial_refresh, second_moment
+from soap_optax.algorithm.first_gradient import FirstGradient, first_moments
 from soap_optax.algorithm.refresh_methods import METHODS, NewBasis, RefreshMethod
 from soap_optax.linalg import (
     descending_eigenvectors,
@@ -74,6 +75,7 @@ def refresh(
     factors: Sequence[Array],
     axes: Sequence[int],
     rule: RefreshRule,
+    first: FirstGradient | None = None,
 ) -> EigenbasisState:
     """Refreshes the bases of a block, or makes the first ones, and adopts them if they are sound.
 
@@ -82,6 +84,8 @@ def refresh(
       factors: the Kronecker factors, `(d, d)` each, in the dtype of the statistics.
       axes: the preconditioned axes of the block, ascending.
       rule: how to refresh.
+      first: the step's gradient, which enters the moments if it is the block's first; None without
+        `first_update="apply"`.
 
     Returns:
       The new state. The refresh is rejected if a factor or a new basis is not finite, or a new
@@ -95,6 +99,10 @@ def refresh(
     refreshed = lax.cond(
         has_bases, partial(_later_bases, axes, rule), partial(_first_bases, axes), wide, factors
     )
+    if first is not None:
+        stored = state.bases[0].dtype
+        mu, nu = first_moments(refreshed.mu, refreshed.nu, first, refreshed.bases, axes, stored)
+        refreshed = refreshed._replace(mu=mu, nu=nu)
     return adopt(state, factors, refreshed)
 
 

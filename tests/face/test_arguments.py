@@ -69,6 +69,7 @@ OUT_OF_RANGE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     ),
     (("refresh",), ["QR", "newton", ""], "must be one of 'qr', 'cholesky_qr', 'eigh'", ""),
     (("factor_estimator",), ["KL", "shampoo", ""], "must be one of 'gram', 'kl', got", ""),
+    (("first_update",), ["Zero", "skip", ""], "must be one of 'zero', 'apply', got", ""),
     (("refresh_order",), ["before", "qr"], "must be one of 'before_gradient', 'after_", ""),
     (
         ("precision",),
@@ -142,6 +143,7 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
     ),
     (("refresh",), [None, 3, True, b"qr", ("qr",)], "must be one of 'qr', 'cholesky_qr'", STATIC),
     (("factor_estimator",), [None, 1, True, ("kl",)], "must be one of 'gram', 'kl', got", STATIC),
+    (("first_update",), [None, 1, True], "must be one of 'zero', 'apply', got", STATIC),
     (("refresh_order",), [None, True], "must be one of 'before_gradient'", STATIC),
     (
         ("refresh_tolerance",),
@@ -366,6 +368,7 @@ def test_options_cannot_be_given_by_position() -> None:
         "merge_dims",
         "normalize_grads",
         "correct_bias",
+        "first_update",
         "stack_multiple",
         "refresh",
         "refresh_order",
