@@ -79,6 +79,10 @@ def scale_by_soap(
     sum of squares would overflow, is rejected: its block gets a zero update, keeps its state, and
     the state counts the rejection.
 
+    A complex parameter is optimized as two real ones, its real and its imaginary part, as
+    `optax.contrib.split_real_and_imaginary` does. As for every optimizer of Optax, its gradient is
+    the conjugate of the one that `jax.grad` returns.
+
     With default arguments this follows the authors' code to rounding.
 
     Example:
@@ -169,8 +173,8 @@ def scale_by_soap(
 
     Raises:
       TypeError, ValueError: when built, if an argument is out of range or contradicts another; at
-        ``init`` and ``update``, if a leaf is not real floating point, or ``dimension_numbers`` or
-        ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
+        ``init`` and ``update``, if a leaf is not floating point or complex, or
+        ``dimension_numbers`` or ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
         shapes, or a schedule returns an array.
 
     References:
@@ -219,7 +223,7 @@ def _transformation(
         if blocks.is_placeholder(params):
             return stacks.placeholder_state()
         layout = structure.layout_of(params)
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(blocks.split_complex(params))
         return layout.create(lambda: structure.initial_state(layout, leaves))
 
     def update_fn(
@@ -232,10 +236,10 @@ def _transformation(
         layout = structure.layout_of(updates, blocks.statistics_of(state, updates, params))
         old_state = structure.check_state(state, layout)
         settings = options.settings_at(old_state.count, layout.plan.dtypes)
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(blocks.split_complex(updates))
         update_leaves = partial(_update_leaves, layout)
         new_leaves, new_state = layout.run(update_leaves, settings, leaves, old_state)
-        return jax.tree.unflatten(treedef, new_leaves), new_state
+        return blocks.join_complex(jax.tree.unflatten(treedef, new_leaves)), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
