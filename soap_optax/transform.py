@@ -174,8 +174,8 @@ def scale_by_soap(
     Raises:
       TypeError, ValueError: when built, if an argument is out of range or contradicts another; at
         ``init`` and ``update``, if a leaf is not floating point or complex, or
-        ``dimension_numbers`` or ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
-        shapes, or a schedule returns an array.
+        ``dimension_numbers`` or ``param_shardings`` do not fit the tree; at ``update``, if the
+        state belongs to other shapes, or a schedule returns an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam

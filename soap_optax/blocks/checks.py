@@ -145,8 +145,8 @@ def check_state(state: Any, expected: Any) -> ScaleBySoapState:
                 f"the state does not belong to these gradients: {path} has shape "
                 f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
                 "likely the tree, a shape, a dtype from or to float64 or complex, or one of "
-                "block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
-                "(which is the number of shards of stack_sharding where it is not given), "
+                "block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers, "
+                "stack_multiple (the number of shards of stack_sharding where it is not given), "
                 "one_sided, factored, fold_factors, factor_estimator changed after init; undo the "
                 "change, or call init again for a new state"
             )
