@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
 from soap_optax.schedules import Frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.transform import scale_by_soap
@@ -21,6 +21,7 @@ STATIC_ARGS = (
     "merge_dims",
     "normalize_grads",
     "correct_bias",
+    "first_update",
     "mu_dtype",
     "block_size",
     "dimension_numbers",
@@ -58,6 +59,7 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     merge_dims: bool = False,
     normalize_grads: bool = False,
     correct_bias: bool = True,
+    first_update: FirstUpdate = "zero",
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
@@ -131,6 +133,7 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
             merge_dims=merge_dims,
             normalize_grads=normalize_grads,
             correct_bias=correct_bias,
+            first_update=first_update,
             mu_dtype=mu_dtype,
             block_size=block_size,
             dimension_numbers=dimension_numbers,

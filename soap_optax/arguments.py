@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, get_args
 
 from soap_optax import value_checks
-from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
@@ -38,6 +38,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "merge_dims": value_checks.check_flag,
     "normalize_grads": value_checks.check_flag,
     "correct_bias": value_checks.check_flag,
+    "first_update": partial(value_checks.check_choice, choices=get_args(FirstUpdate)),
     "mu_dtype": value_checks.check_dtype,
     "block_size": value_checks.check_block_size,
     "dimension_numbers": _check_dimension_numbers,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import blocks, devices, stacks
-from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
+from soap_optax.algorithm import FirstUpdate, Hyperparameters, RefreshMethod, RefreshRule
 from soap_optax.blocks import BlockOptions
 from soap_optax.devices import Layout
 from soap_optax.schedules import Frequency, frequency_at
@@ -64,6 +64,7 @@ class StepOptions:
     eps: ArrayLike
     normalize_grads: bool
     correct_bias: bool
+    first_update: FirstUpdate
     precision: PrecisionLike
     frequency: Frequency
     refresh_order: RefreshOrder
@@ -74,7 +75,9 @@ class StepOptions:
     def settings_at(self, count: Array, dtypes: set[str]) -> StepSettings:
         """The numbers of the step after `count` calls of `update`, for these dtypes."""
         hyper = {dtype: self._hyper_in(dtype) for dtype in dtypes}
-        frequency = frequency_at(self.frequency, count)
+        # With "zero", the first call applies no update.
+        updates = count if self.first_update == "apply" else jnp.maximum(count - 1, 0)
+        frequency = frequency_at(self.frequency, updates)
         tolerance = self.refresh_tolerance
         tolerance = None if tolerance is None else jnp.asarray(tolerance)
         timing = RefreshTiming(frequency, self.refresh_order, self.stagger)
@@ -89,5 +92,6 @@ class StepOptions:
             eps=jnp.asarray(self.eps, dtype),
             normalize_grads=self.normalize_grads,
             correct_bias=self.correct_bias,
+            first_update=self.first_update,
             precision=self.precision,
         )

@@ -51,14 +51,14 @@ def thinning_frequency(dense: int, most: int = 10) -> Callable[[ArrayLike], Arra
     return frequency
 
 
-def frequency_at(frequency: Frequency, count: Array) -> Array:
-    """The frequency in force after `count` calls of `update`, an integer from 1 to `LONGEST`.
+def frequency_at(frequency: Frequency, updates: Array) -> Array:
+    """The frequency in force after this number of updates, an integer from 1 to `LONGEST`.
 
     Fractions are truncated. Larger values, infinity included, become `LONGEST`. Values below 1, and
     NaN, become 1.
     """
     if callable(frequency):
-        frequency = frequency(jnp.maximum(count - 1, 0))  # The first call applies no update.
+        frequency = frequency(updates)
     if isinstance(frequency, (int, float)):
         frequency = min(frequency, LONGEST)  # An array of 32 bits may not hold more.
     frequency = jnp.asarray(frequency)

@@ -30,7 +30,7 @@ class StackState(NamedTuple):
 
     Attributes:
       accepted_gradients: number of gradients accepted so far, `(blocks,)`. The first one only
-        fills the factors.
+        fills the factors, unless ``first_update="apply"``.
       rejected_gradients: number of gradients rejected because they were not finite, or because
         their sum of squares would overflow, `(blocks,)`.
       factors: average of each preconditioned axis' Gram matrix, `(blocks, d, d)`, by ascending
@@ -66,7 +66,7 @@ class AdamState(NamedTuple):
 
     Attributes:
       accepted_gradients: number of gradients accepted so far, `(leaves,)`. The first one moves
-        nothing.
+        nothing, unless ``first_update="apply"``.
       rejected_gradients: number of gradients rejected because they were not finite, or because
         their sum of squares would overflow, `(leaves,)`.
       mu: first moment, `(entries,)`.

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments, blocks, stacks
-from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
 from soap_optax.blocks import BlockOptions, Region
 from soap_optax.devices import Layout
 from soap_optax.options import StepOptions, Structure
@@ -34,6 +34,7 @@ def scale_by_soap(
     merge_dims: bool = False,
     normalize_grads: bool = False,
     correct_bias: bool = True,
+    first_update: FirstUpdate = "zero",
     mu_dtype: DTypeLike | None = None,
     block_size: int | None = None,
     dimension_numbers: Any | Callable[[Any], Any] | None = None,
@@ -73,9 +74,14 @@ def scale_by_soap(
     array of more dimensions has a factor for each axis of at most ``max_precond_dim``. Parameters
     without such an axis get Adam, and so do scalars, and vectors unless ``precondition_1d``.
 
-    The first update is zero: the first gradient only fills the factors, and the bias correction
-    counts from the second. A gradient that is not finite, or whose sum of squares would overflow,
-    is rejected: its block gets a zero update, keeps its state, and the state counts the rejection.
+    The first update is zero, unless ``first_update="apply"``: the first gradient only fills the
+    factors, and the bias correction counts from the second. A gradient that is not finite, or whose
+    sum of squares would overflow, is rejected: its block gets a zero update, keeps its state, and
+    the state counts the rejection.
+
+    A complex parameter is optimized as two real ones, its real and its imaginary part, as
+    `optax.contrib.split_real_and_imaginary` does. As for every optimizer of Optax, its gradient is
+    the conjugate of the one that `jax.grad` returns.
 
     With default arguments this follows the authors' code to rounding.
 
@@ -101,7 +107,7 @@ def scale_by_soap(
       shampoo_beta: decay of the Kronecker factors, in [0, 1). None means ``b2``.
       precondition_frequency: number of updates from one refresh of the bases to the next, an
         integer of at least 1. Or a schedule that returns it for the number of calls of ``update``
-        so far, not counting the first. It may be traced.
+        so far, not counting a first one that moves nothing. It may be traced.
       max_precond_dim: longest axis that gets a factor. Factor and basis of an axis of length `d`
         take :math:`2 d^2` numbers of state.
       precondition_1d: whether vectors get a factor as well.
@@ -110,6 +116,9 @@ def scale_by_soap(
       normalize_grads: whether to divide each update by its root mean square, before the bias
         correction multiplies it.
       correct_bias: whether to apply Adam's bias correction.
+      first_update: ``"zero"``, the authors': the first gradient only fills the factors.
+        ``"apply"``: it also makes the first bases, and an update in them. The update of a matrix
+        with two factors is then the polar factor, :math:`U V^\top` of :math:`G = U S V^\top`.
       mu_dtype: dtype in which the first moment is stored, such as bfloat16. It needs at least the
         range of float32. None, or a wider dtype, means the dtype of the statistics: float32, or
         float64 for float64 parameters.
@@ -164,9 +173,9 @@ def scale_by_soap(
 
     Raises:
       TypeError, ValueError: when built, if an argument is out of range or contradicts another; at
-        ``init`` and ``update``, if a leaf is not real floating point, or ``dimension_numbers`` or
-        ``param_shardings`` do not fit the tree; at ``update``, if the state belongs to other
-        shapes, or a schedule returns an array.
+        ``init`` and ``update``, if a leaf is not floating point or complex, or
+        ``dimension_numbers`` or ``param_shardings`` do not fit the tree; at ``update``, if the
+        state belongs to other shapes, or a schedule returns an array.
 
     References:
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
@@ -176,34 +185,7 @@ def scale_by_soap(
       Lin et al., `Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization
       <https://arxiv.org/abs/2509.03378>`_, 2025
     """
-    arguments.check_transform(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        shampoo_beta=shampoo_beta,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        precondition_1d=precondition_1d,
-        merge_dims=merge_dims,
-        normalize_grads=normalize_grads,
-        correct_bias=correct_bias,
-        mu_dtype=mu_dtype,
-        block_size=block_size,
-        dimension_numbers=dimension_numbers,
-        stack_sharding=stack_sharding,
-        stack_multiple=stack_multiple,
-        param_shardings=param_shardings,
-        refresh=refresh,
-        refresh_tolerance=refresh_tolerance,
-        refresh_order=refresh_order,
-        stagger=stagger,
-        one_sided=one_sided,
-        factored=factored,
-        preconditioner_dtype=preconditioner_dtype,
-        fold_factors=fold_factors,
-        factor_estimator=factor_estimator,
-        precision=precision,
-    )
+    arguments.check_transform(**locals())  # All arguments, and nothing else yet.
     structure = Structure(
         block_options=BlockOptions(
             max_precond_dim, precondition_1d, merge_dims, block_size, one_sided
@@ -223,6 +205,7 @@ def scale_by_soap(
         eps=eps,
         normalize_grads=normalize_grads,
         correct_bias=correct_bias,
+        first_update=first_update,
         precision=precision,
         frequency=precondition_frequency,
         refresh_order=refresh_order,
@@ -240,7 +223,7 @@ def _transformation(
         if blocks.is_placeholder(params):
             return stacks.placeholder_state()
         layout = structure.layout_of(params)
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(blocks.split_complex(params))
         return layout.create(lambda: structure.initial_state(layout, leaves))
 
     def update_fn(
@@ -253,10 +236,10 @@ def _transformation(
         layout = structure.layout_of(updates, blocks.statistics_of(state, updates, params))
         old_state = structure.check_state(state, layout)
         settings = options.settings_at(old_state.count, layout.plan.dtypes)
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(blocks.split_complex(updates))
         update_leaves = partial(_update_leaves, layout)
         new_leaves, new_state = layout.run(update_leaves, settings, leaves, old_state)
-        return jax.tree.unflatten(treedef, new_leaves), new_state
+        return blocks.join_complex(jax.tree.unflatten(treedef, new_leaves)), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -7,6 +7,7 @@ meshes, or when a refresh is due.
 """
 
 from soap_optax.algorithm.eigenbasis import EigenbasisState, RefreshRule, refresh
+from soap_optax.algorithm.first_gradient import FirstGradient
 from soap_optax.algorithm.kl_factors import (
     INITIAL_EIGENVALUE,
     FactorEstimator,
@@ -22,6 +23,7 @@ from soap_optax.algorithm.kl_factors import (
 from soap_optax.algorithm.refresh_methods import RefreshMethod
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
 from soap_optax.algorithm.step import (
+    FirstUpdate,
     Hyperparameters,
     adam_direction,
     average_factor,
@@ -31,12 +33,15 @@ from soap_optax.algorithm.step import (
     normalization,
     rounding_level,
     step_block,
+    update_number,
 )
 
 __all__ = [
     "INITIAL_EIGENVALUE",
     "EigenbasisState",
     "FactorEstimator",
+    "FirstGradient",
+    "FirstUpdate",
     "Hyperparameters",
     "RefreshMethod",
     "RefreshRule",
@@ -58,4 +63,5 @@ __all__ = [
     "rounding_level",
     "second_moment_estimate",
     "step_block",
+    "update_number",
 ]

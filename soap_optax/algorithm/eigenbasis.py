@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.lax import Precision
 
 from soap_optax.algorithm import partial_refresh, second_moment
+from soap_optax.algorithm.first_gradient import FirstGradient, first_moments
 from soap_optax.algorithm.refresh_methods import (
     METHODS,
     FactorInBasis,
@@ -83,6 +84,7 @@ def refresh(
     factors: Sequence[Array],
     axes: Sequence[int],
     rule: RefreshRule,
+    first: FirstGradient | None = None,
 ) -> EigenbasisState:
     """Refreshes the bases of a block, or makes the first ones, and adopts them if they are sound.
 
@@ -91,6 +93,8 @@ def refresh(
       factors: the Kronecker factors, `(d, d)` each, in the dtype of the statistics.
       axes: the preconditioned axes of the block, ascending.
       rule: how to refresh.
+      first: the step's gradient, which enters the moments if it is the block's first; None without
+        `first_update="apply"`.
 
     Returns:
       The new state. The refresh is rejected if a factor or a new basis is not finite, or a new
@@ -100,21 +104,31 @@ def refresh(
     wide = state._replace(
         bases=tuple(basis.astype(dtype) for basis in state.bases), mu=state.mu.astype(dtype)
     )
-    if rule.method == "partial":
-        refreshed = _refresh_partly_or_first(axes, wide, factors)
-    elif rule.tolerance is None:
-        refreshed = _refresh_fully(axes, rule.method, wide, factors, None)
-    else:
-        products = _products(factors, wide.bases)
-        refreshed = lax.cond(
-            (state.refreshes > 0) & _are_near(wide.bases, products, rule.tolerance),
-            _skip_refresh,
-            partial(_refresh_fully, axes, rule.method),
-            wide,
-            factors,
-            products,
-        )
+    refreshed = _refreshed(axes, rule, wide, factors)
+    if first is not None:
+        stored = state.bases[0].dtype
+        mu, nu = first_moments(refreshed.mu, refreshed.nu, first, refreshed.bases, axes, stored)
+        refreshed = refreshed._replace(mu=mu, nu=nu)
     return adopt(state, factors, refreshed)
+
+
+def _refreshed(
+    axes: Sequence[int], rule: RefreshRule, state: EigenbasisState, factors: Sequence[Array]
+) -> RefreshedBases:
+    """The bases after a refresh, or the first ones, in the dtype of the statistics."""
+    if rule.method == "partial":
+        return _refresh_partly_or_first(axes, state, factors)
+    if rule.tolerance is None:
+        return _refresh_fully(axes, rule.method, state, factors, None)
+    products = _products(factors, state.bases)
+    return lax.cond(
+        (state.refreshes > 0) & _are_near(state.bases, products, rule.tolerance),
+        _skip_refresh,
+        partial(_refresh_fully, axes, rule.method),
+        state,
+        factors,
+        products,
+    )
 
 
 def adopt(

@@ -16,6 +16,7 @@ An array of more dimensions has a factor and a basis for each of its preconditio
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from jax.typing import DTypeLike
 from soap_optax.algorithm import second_moment
 from soap_optax.linalg import multiply_along
 from soap_optax.state import SecondMoment, StackState
+
+FirstUpdate = Literal["zero", "apply"]
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +43,7 @@ class Hyperparameters:
       eps: added to the square root of the second moment, before any bias correction.
       normalize_grads: whether to divide an update by its root mean square.
       correct_bias: whether to multiply an update by Adam's bias correction.
+      first_update: whether the first gradient makes an update.
       precision: precision of the products with bases.
     """
 
@@ -49,6 +53,7 @@ class Hyperparameters:
     eps: Array
     normalize_grads: bool = field(metadata={"static": True})
     correct_bias: bool = field(metadata={"static": True})
+    first_update: FirstUpdate = field(metadata={"static": True})
     precision: PrecisionLike = field(metadata={"static": True})
 
 
@@ -63,8 +68,9 @@ def step_block(
     """Updates the moments by one gradient and returns the update.
 
     Factors and bases do not change. A rejected gradient changes nothing and returns a zero update.
-    The first accepted gradient also returns a zero update, as in the authors' code: it only fills
-    the factors.
+    With `first_update="zero"` the first accepted gradient also returns a zero update, as in the
+    authors' code: it only fills the factors. With `"apply"` the moments contain it already if it
+    has made bases (see `soap_optax.algorithm.first_gradient`).
 
     Args:
       grad: the block's gradient, `(*block)`, in the dtype of the statistics.
@@ -77,14 +83,18 @@ def step_block(
     Returns:
       The update, `(*block)`, to be scaled by the (negative) learning rate, and the new state.
     """
-    applied = accepted & (state.accepted_gradients > 0)
+    number = update_number(state.accepted_gradients, hyper)
+    applied = accepted & (number > 0)
     bases = [basis.astype(grad.dtype) for basis in state.bases]
     if rotated_grad is None:
         rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
-    mu, nu = average_moments(state.mu, state.nu, rotated_grad, applied, hyper)  # M', V'
+    averaged = applied & ~has_started(state, hyper)
+    mu, nu = average_moments(state.mu, state.nu, rotated_grad, averaged, hyper)  # M', V'
     estimate = second_moment.estimate(nu)
+    if hyper.first_update == "apply" and isinstance(nu, tuple):
+        estimate = jnp.where(number == 1, second_moment_of_one(mu, hyper), estimate)
     direction = adam_direction(without_rounding(mu, estimate), estimate, hyper)  # N'
-    scale = bias_correction(state.accepted_gradients, hyper) * normalization(direction, hyper)
+    scale = bias_correction(number, hyper) * normalization(direction, hyper)
     scaled = direction * jnp.where(applied, scale, 0)
     update = rotate_back(scaled, bases, axes, hyper.precision)  # N
     return update, state._replace(
@@ -93,6 +103,35 @@ def step_block(
         nu=nu,
         age=state.age + applied.astype(jnp.int32),
     )
+
+
+def update_number(accepted_gradients: Array, hyper: Hyperparameters) -> Array:
+    """The number of the update that a gradient makes, from 1 on; 0 if it makes none.
+
+    Args:
+      accepted_gradients: the number of gradients accepted before this one.
+      hyper: the numbers of the step.
+    """
+    return accepted_gradients + int(hyper.first_update == "apply")
+
+
+def has_started(state: StackState, hyper: Hyperparameters) -> Array:
+    """Whether the moments of a block already contain its first gradient, a boolean scalar.
+
+    They do not if the first bases were rejected: the first update is then Adam's.
+    """
+    if hyper.first_update == "zero":
+        return jnp.zeros_like(state.refreshes, dtype=bool)
+    return (state.accepted_gradients == 0) & (state.refreshes > 0)
+
+
+def second_moment_of_one(mu: Array, hyper: Hyperparameters) -> Array:
+    """The second moment after one gradient, from the first moment, `(*block)`.
+
+    A factored second moment estimates small entries of one gradient by numbers that are too small:
+    in its eigenbases a matrix is diagonal. Its update would contain one over each singular value.
+    """
+    return (1 - hyper.b2) * jnp.square(mu / (1 - hyper.b1))
 
 
 def is_acceptable(grad: Array, stored: Sequence[DTypeLike]) -> Array:
@@ -184,8 +223,7 @@ def _root(nu: Array) -> Array:
 def bias_correction(applied_update: Array, hyper: Hyperparameters) -> Array:
     """The factor that corrects for both moments' start at zero, at applied update `s`.
 
-    Updates count from 1. The first accepted gradient is not applied, so `s` is the number of
-    gradients accepted before this one.
+    Updates count from 1; see `update_number`.
     """
     if not hyper.correct_bias:
         return jnp.ones_like(hyper.b1)

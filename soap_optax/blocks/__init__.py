@@ -5,6 +5,7 @@ basis is refreshed.
 """
 
 from soap_optax.blocks.checks import check_state, is_placeholder, plan_of, statistics_of
+from soap_optax.blocks.complex_leaves import join_complex, split_complex
 from soap_optax.blocks.gather import (
     concatenate,
     consecutive_slices,
@@ -34,12 +35,14 @@ __all__ = [
     "consecutive_slices",
     "gather",
     "is_placeholder",
+    "join_complex",
     "padding_sources",
     "plan_of",
     "repad",
     "scatter",
     "slice_starts",
     "split",
+    "split_complex",
     "statistics_of",
     "take_or_zero",
     "tiles_of",

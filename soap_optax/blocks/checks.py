@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from soap_optax.blocks.complex_leaves import split_complex
 from soap_optax.blocks.plan import Plan, make_plan
 from soap_optax.blocks.views import BlockOptions, axes_of_leaves
 from soap_optax.state import ScaleBySoapState
@@ -25,16 +26,19 @@ def plan_of(
     """The plan of a tree of parameters or gradients, checked leaf by leaf.
 
     Args:
-      tree: parameters or gradients.
+      tree: parameters or gradients. A complex leaf counts as two leaves.
       options: how leaves are cut into blocks.
       dimension_numbers: the argument of `scale_by_soap`.
       multiple: the leading axis of the arrays of state is padded to a multiple of this number.
       statistics: the dtype of each leaf's statistics; None means that its own dtype decides.
 
     Raises:
-      TypeError: if a leaf is not a real floating-point array.
+      TypeError: if a leaf is not a floating-point or complex array.
       ValueError: if `dimension_numbers` do not fit the tree.
     """
+    if callable(dimension_numbers):
+        dimension_numbers = dimension_numbers(tree)
+    tree = split_complex(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = [check_leaf(path, leaf) for path, leaf in leaves]
     axes = axes_of_leaves(dimension_numbers, tree)
@@ -60,7 +64,10 @@ def is_placeholder(params: Any) -> bool:
 
 
 def check_leaf(path: Any, leaf: Any) -> np.dtype:
-    """Returns the dtype of a leaf, or raises if it is not a real floating-point array."""
+    """Returns the dtype of a leaf, or raises if it is not a floating-point array.
+
+    Complex leaves are split before, into two of these.
+    """
     where = jax.tree_util.keystr(path) or "the tree itself"
     dtype = _dtype_of(leaf)
     if dtype is None:
@@ -69,16 +76,10 @@ def check_leaf(path: Any, leaf: Any) -> np.dtype:
             "in Equinox by eqx.filter(model, eqx.is_inexact_array), or leave the leaf out with "
             "optax.masked"
         )
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"every leaf must be a real floating-point array, got {dtype} at {where}; wrap the "
-            "optimizer in optax.contrib.split_real_and_imaginary, which splits complex leaves into "
-            "pairs of real ones"
-        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"every leaf must be a real floating-point array, got {dtype} at {where}; leave it out "
-            "with optax.masked, or give it an optimizer of its own with optax.partition"
+            f"every leaf must be a floating-point or complex array, got {dtype} at {where}; leave "
+            "it out with optax.masked, or give it an optimizer of its own with optax.partition"
         )
     return jnp.result_type(leaf)
 
@@ -111,6 +112,7 @@ def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
             "the state has float64 statistics, and jax_enable_x64 is off: it was made under "
             "jax.enable_x64; use it there too, or call init again"
         )
+    updates, params = split_complex(updates), split_complex(params)
     leaves = jax.tree.leaves(updates)
     if len(found) == 1:
         return [*found] * len(leaves)
@@ -142,9 +144,9 @@ def check_state(state: Any, expected: Any) -> ScaleBySoapState:
             raise ValueError(
                 f"the state does not belong to these gradients: {path} has shape "
                 f"{found.get(path, '(absent)')} and must have {wanted.get(path, '(absent)')}; "
-                "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
-                "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
-                "(which is the number of shards of stack_sharding where it is not given), "
+                "likely the tree, a shape, a dtype from or to float64 or complex, or one of "
+                "block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers, "
+                "stack_multiple (the number of shards of stack_sharding where it is not given), "
                 "one_sided, factored, fold_factors, factor_estimator changed after init; undo the "
                 "change, or call init again for a new state"
             )

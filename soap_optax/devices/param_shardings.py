@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from soap_optax.blocks import Plan, Shape, broadcast_prefix
+from soap_optax.blocks import Plan, Shape, broadcast_prefix, split_complex
 
 # For each axis of a leaf the mesh axes that shard it, without mesh axes of length 1.
 AxesSpec = tuple[tuple[str, ...], ...]
@@ -70,6 +70,7 @@ def leaf_shardings(
     """
     if callable(param_shardings):
         param_shardings = param_shardings(tree)
+    tree = split_complex(tree)
     hints = broadcast_prefix("param_shardings", param_shardings, tree, lambda leaf: leaf is None)
     checked, specs = [], []
     for hint, (path, leaf) in zip(hints, jax.tree_util.tree_leaves_with_path(tree), strict=True):

@@ -40,7 +40,8 @@ def update_adam(
     state = vary_like(state, (grads, hyper))
     acceptable = jax.vmap(partial(algorithm.is_acceptable, stored=[state.mu.dtype]))
     accepted = jnp.concatenate([acceptable(grad) for grad in grads])
-    applied = accepted & (state.accepted_gradients > 0)
+    numbers = algorithm.update_number(state.accepted_gradients, hyper)
+    applied = accepted & (numbers > 0)
     leaves = consecutive_slices([len(grad) for grad in grads])
 
     def spread(per_leaf: Array) -> Array:
@@ -51,7 +52,7 @@ def update_adam(
         ]
         return layout.pad_vector(jnp.concatenate(repeated), group)
 
-    correction = jax.vmap(partial(algorithm.bias_correction, hyper=hyper))(state.accepted_gradients)
+    correction = jax.vmap(partial(algorithm.bias_correction, hyper=hyper))(numbers)
     vector = layout.to_vector(grads, group)
     mu, nu = algorithm.average_moments(state.mu, state.nu, vector, spread(applied), hyper)
     assert isinstance(nu, Array)

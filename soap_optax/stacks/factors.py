@@ -78,7 +78,7 @@ def average_factors(
 
 
 def average_eigenvalues(
-    accepted: Array,
+    applied: Array,
     state: StackState,
     rotated: Rotations | None,
     axes: Sequence[int],
@@ -86,10 +86,10 @@ def average_eigenvalues(
 ) -> tuple[Array, ...]:
     """Averages a gradient into the eigenvalue estimates of its block, if it has any.
 
-    The first gradient comes before any basis and does not change them.
+    A gradient that makes no update comes before any basis and does not change them.
 
     Args:
-      accepted: whether the gradient may enter the state, a boolean scalar.
+      applied: whether the gradient makes an update, a boolean scalar.
       state: the state before this gradient.
       rotated: the rotations of the gradient; None without KL factors.
       axes: the preconditioned axes of the block, ascending.
@@ -97,7 +97,6 @@ def average_eigenvalues(
     """
     if rotated is None:
         return ()
-    applied = accepted & (state.accepted_gradients > 0)
     averages = algorithm.average_eigenvalues(state.eigenvalues, rotated.whole, axes, beta)
     return tuple(
         jnp.where(applied, new, old) for new, old in zip(averages, state.eigenvalues, strict=True)

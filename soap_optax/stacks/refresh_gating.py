@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from soap_optax import algorithm
-from soap_optax.algorithm import EigenbasisState, RefreshRule
+from soap_optax.algorithm import EigenbasisState, FirstGradient, RefreshRule
 from soap_optax.linalg import unfolded
 from soap_optax.state import StackState
 
@@ -74,13 +74,13 @@ def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
 
 # Outside `jax.jit` a conditional is compiled again in every call, because its branches are new
 # functions in each call: seconds, where the step takes a millisecond.
-@partial(jax.jit, static_argnames=("axes", "lengths"))
+@partial(jax.jit, static_argnames="axes")
 def refresh_if_due(
     state: StackState,
     due: Array,
     axes: tuple[int, ...],
-    lengths: tuple[int, ...],
     rule: RefreshRule,
+    first: FirstGradient | None = None,
 ) -> StackState:
     """Refreshes the bases of the blocks that are due.
 
@@ -93,48 +93,58 @@ def refresh_if_due(
       state: the state of the stack.
       due: whether each block is due, `(blocks,)`.
       axes: the preconditioned axes of the blocks, ascending.
-      lengths: the lengths of these axes.
       rule: how to refresh.
+      first: the gradients of the step, `(blocks, *block)`, which start the moments of the blocks
+        whose first ones they are; None without `first_update="apply"`.
     """
     old = EigenbasisState(**{name: getattr(state, name) for name in EigenbasisState._fields})
     factors, new = lax.cond(
         any_unbatched(due),
-        partial(_refresh_blocks, axes, lengths),
-        lambda _due, factors, old, _rule: (factors, old),
+        partial(_refresh_blocks, axes),
+        lambda _due, factors, old, _rule, _first: (factors, old),
         due,
         state.factors,
         old,
         rule,
+        first,
     )
     return state._replace(factors=factors, **new._asdict())
 
 
 def _refresh_blocks(
     axes: Sequence[int],
-    lengths: Sequence[int],
     due: Array,
     factors: tuple[Array, ...],
     states: EigenbasisState,
     rule: RefreshRule,
+    first: FirstGradient | None,
 ) -> tuple[tuple[Array, ...], EigenbasisState]:
     """Loops over a stack and refreshes the blocks that are due."""
     dtype = jax.tree.leaves(states.nu)[0].dtype
+    lengths = [basis.shape[-1] for basis in states.bases]
     if rule.tolerance is not None:  # In a `shard_map` it then varies over devices, as blocks do.
         tolerance = jnp.full_like(due[0], rule.tolerance, dtype=rule.tolerance.dtype)
         rule = replace(rule, tolerance=tolerance)
 
-    def refresh(factors: tuple[Array, ...], state: EigenbasisState) -> EigenbasisState:
+    def refresh(
+        factors: tuple[Array, ...], state: EigenbasisState, number: Array
+    ) -> EigenbasisState:
         wide = tuple(
             unfolded(factor, d).astype(dtype) for factor, d in zip(factors, lengths, strict=True)
         )
-        return algorithm.refresh(state, wide, axes, rule)
+        of_block = None
+        if first is not None:
+            of_block = replace(first, grad=first.grad[number], is_first=first.is_first[number])
+        return algorithm.refresh(state, wide, axes, rule, of_block)
 
     def refresh_block_if_due(
         states: EigenbasisState, block: tuple[Array, Array, tuple[Array, ...]]
     ) -> tuple[EigenbasisState, None]:
         number, due, factors = block
         state = jax.tree.map(lambda stack: stack[number], states)
-        state = lax.cond(due, refresh, lambda _factors, state: state, factors, state)
+        state = lax.cond(
+            due, refresh, lambda _factors, state, _number: state, factors, state, number
+        )
         return jax.tree.map(lambda stack, new: stack.at[number].set(new), states, state), None
 
     # The states are carried and not scanned over, so that each block is written in place.

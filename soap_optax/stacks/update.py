@@ -7,14 +7,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from soap_optax import algorithm
-from soap_optax.algorithm import Hyperparameters, RefreshRule
+from soap_optax.algorithm import FirstGradient, Hyperparameters, RefreshRule
 from soap_optax.blocks import Group
 from soap_optax.devices import Layout
 from soap_optax.stacks import factors
-from soap_optax.stacks.refresh_gating import RefreshTiming, is_due, refresh_if_due, stagger_phases
+from soap_optax.stacks.refresh_gating import (
+    RefreshTiming,
+    any_unbatched,
+    is_due,
+    refresh_if_due,
+    stagger_phases,
+)
 from soap_optax.stacks.varying import vary_like
 from soap_optax.state import StackState
 
@@ -63,11 +69,10 @@ def update_stack(
     shared = (settings.hyper[group.dtype.name], settings.timing, settings.rule)
     blocks = (grads, jnp.asarray(padding), jnp.asarray(phases), state)
     blocks = vary_like(blocks, shared)
-    return layout.map_blocks(partial(_update_blocks, group.block, group.axes), blocks, shared)
+    return layout.map_blocks(partial(_update_blocks, group.axes), blocks, shared)
 
 
 def _update_blocks(
-    shape: tuple[int, ...],
     axes: tuple[int, ...],
     blocks: tuple[Array, Array, Array, StackState],
     shared: tuple[Hyperparameters, RefreshTiming, RefreshRule],
@@ -77,21 +82,29 @@ def _update_blocks(
     The refresh uses the factors that the previous call stored, or factors with this gradient, as
     the refresh order says. The authors refresh at the end of the previous step, from the same
     stored factors: the parameters are the same. Padding accepts no gradient and counts none.
+
+    With `first_update="apply"` the first gradient of a block enters its factors before the refresh
+    in either order.
     """
     (grads, padding, phases, state), (hyper, timing, rule) = blocks, shared
     with jax.named_scope("step"):
         acceptable = jax.vmap(factors.is_acceptable)(grads, state)
     accepted = acceptable & ~padding
-    lengths = tuple(shape[axis] for axis in axes)
 
-    before = state
-    if timing.order == "after_gradient":
-        with jax.named_scope("step"):
-            average = partial(_average_factors, axes, hyper)
-            state = state._replace(factors=jax.vmap(average)(grads, accepted, state))
+    before, first = state, None
     with jax.named_scope("refresh"):
         due = accepted & is_due(state, phases, timing)
-        state = refresh_if_due(state, due, axes, lengths, rule)
+    if hyper.first_update == "apply":
+        first = FirstGradient(grads, state.accepted_gradients == 0, hyper)
+        due |= accepted & first.is_first
+    with jax.named_scope("step"):
+        if timing.order == "after_gradient":
+            average = partial(_average_factors, axes, hyper.shampoo_beta)
+            state = state._replace(factors=jax.vmap(average)(grads, accepted, state))
+        elif first is not None:
+            state = _enter_first_gradients(state, first, accepted, axes)
+    with jax.named_scope("refresh"):
+        state = refresh_if_due(state, due, axes, rule, first)
     with jax.named_scope("step"):
         step = partial(_step_block, axes, hyper, timing.order == "before_gradient")
         updates, state = jax.vmap(step)(grads, accepted, state)
@@ -99,12 +112,31 @@ def _update_blocks(
     return updates, state._replace(rejected_gradients=rejected)
 
 
+# Compiled by itself for the reason given at `refresh_if_due`.
+@partial(jax.jit, static_argnames="axes")
+def _enter_first_gradients(
+    state: StackState, first: FirstGradient, accepted: Array, axes: tuple[int, ...]
+) -> StackState:
+    """Averages the first gradients of blocks into their factors, in the calls that have any."""
+    entering = accepted & first.is_first
+    average = jax.vmap(partial(_average_factors, axes, first.hyper.shampoo_beta))
+    averages = lax.cond(
+        any_unbatched(entering),
+        average,
+        lambda _grads, _entering, state: state.factors,
+        first.grad,
+        entering,
+        state,
+    )
+    return state._replace(factors=averages)
+
+
 def _average_factors(
-    axes: Sequence[int], hyper: Hyperparameters, grad: Array, accepted: Array, state: StackState
+    axes: Sequence[int], beta: Array, grad: Array, accepted: Array, state: StackState
 ) -> tuple[Array, ...]:
     """Averages a gradient into the factors of its block before their refresh."""
     by_others = factors.rotations_by_others(grad, state, axes)
-    return factors.average_factors(grad, accepted, state, by_others, axes, hyper.shampoo_beta)
+    return factors.average_factors(grad, accepted, state, by_others, axes, beta)
 
 
 def _step_block(
@@ -121,7 +153,11 @@ def _step_block(
     by_others, whole = rotated or (None, None)
     update, new = algorithm.step_block(grad, accepted, state, axes, hyper, whole)
     if averages_factors:
-        averages = factors.average_factors(grad, accepted, state, by_others, axes, beta)
+        entering = accepted
+        if hyper.first_update == "apply":  # The first gradient is in the factors already.
+            entering &= state.accepted_gradients > 0
+        averages = factors.average_factors(grad, entering, state, by_others, axes, beta)
         new = new._replace(factors=averages)
-    eigenvalues = factors.average_eigenvalues(accepted, state, rotated, axes, beta)
+    applied = accepted & (algorithm.update_number(state.accepted_gradients, hyper) > 0)
+    eigenvalues = factors.average_eigenvalues(applied, state, rotated, axes, beta)
     return update, new._replace(eigenvalues=eigenvalues)

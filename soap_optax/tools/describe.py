@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from soap_optax.alias import soap
-from soap_optax.blocks import BlockOptions, Plan, plan_of
+from soap_optax.blocks import BlockOptions, Plan, plan_of, split_complex
 from soap_optax.state import AdamState, ScaleBySoapState, StackState
 from soap_optax.transform import scale_by_soap
 
@@ -76,7 +76,8 @@ def describe(params: Any, **options: Any) -> Description:
     """Reports each parameter's blocks, preconditioned axes and bytes of state.
 
     Reads shapes and dtypes only, and allocates nothing. Blocks and bytes are exact: they come from
-    the plan and the abstract state of `init`.
+    the plan and the abstract state of `init`. A complex parameter has two rows, one for its real
+    and one for its imaginary part.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -136,7 +137,9 @@ def _described(params: Any, plan: Plan, state: Any) -> Description:
             axes=tuple(sorted(axes[number])),
             state_bytes=shares[number],
         )
-        for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+        for number, (path, leaf) in enumerate(
+            jax.tree_util.tree_leaves_with_path(split_complex(params))
+        )
     )
     return Description(rows, shared_bytes=_bytes(state) - sum(shares))
 

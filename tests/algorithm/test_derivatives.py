@@ -18,12 +18,17 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("first_update", ["zero", "apply"])
 @pytest.mark.parametrize("normalize_grads", [False, True])
 def test_forward_and_reverse_derivatives_agree_and_are_finite_from_the_first_call(
-    normalize_grads: bool,
+    normalize_grads: bool, first_update: Any
 ) -> None:
     optimizer: Any = soap_optax.soap(
-        1e-2, precondition_frequency=1, eps=1e-3, normalize_grads=normalize_grads
+        1e-2,
+        precondition_frequency=1,
+        eps=1e-3,
+        normalize_grads=normalize_grads,
+        first_update=first_update,
     )
     sequence = gradients(4).astype(float)
     grads = {"w": jnp.asarray(sequence), "v": jnp.asarray(sequence[:, 0])}
@@ -71,6 +76,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl": {"factor_estimator": "kl", "precondition_frequency": 1},
     "kl after": {
         "factor_estimator": "kl",
+        "precondition_frequency": 1,
+        "refresh_order": "after_gradient",
+    },
+    "applied": {"first_update": "apply", "precondition_frequency": 2},
+    "applied, factored and after": {
+        "first_update": "apply",
+        "factored": True,
         "precondition_frequency": 1,
         "refresh_order": "after_gradient",
     },

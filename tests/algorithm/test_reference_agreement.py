@@ -109,6 +109,7 @@ def static_options(draw: st.DrawFn) -> dict[str, Any]:
         "merge_dims": draw(st.booleans()),
         "normalize_grads": draw(st.booleans()),
         "correct_bias": draw(st.booleans()),
+        "first_update": draw(st.sampled_from(["zero", "apply"])),
         "refresh": draw(st.sampled_from(["qr", "eigh"])),
         "refresh_order": draw(st.sampled_from(["before_gradient", "after_gradient"])),
         "one_sided": draw(st.booleans()),
@@ -174,6 +175,20 @@ def assert_agreement(grads: Tree, static: dict[str, Any], traced: list[dict[str,
         named(
             {
                 "eigh factored": {"refresh": "eigh", "factored": True},
+                "apply": {"first_update": "apply"},
+                "apply after_gradient": {
+                    "first_update": "apply",
+                    "refresh_order": "after_gradient",
+                    "normalize_grads": True,
+                },
+                "apply all": {
+                    "first_update": "apply",
+                    "refresh": "eigh",
+                    "one_sided": True,
+                    "factored": True,
+                    "fold_factors": True,
+                    "block_size": 4,
+                },
                 "after_gradient one_sided folded": {
                     "refresh_order": "after_gradient",
                     "one_sided": True,
@@ -188,7 +203,7 @@ def assert_agreement(grads: Tree, static: dict[str, Any], traced: list[dict[str,
                 },
             }
         ),
-        short=["all"],
+        short=["all", "apply"],
     ),
 )
 def test_every_option_agrees_with_the_reference_on_every_shape_of_leaf(
@@ -207,12 +222,13 @@ def test_every_option_agrees_with_the_reference_on_every_shape_of_leaf(
 FULL_RANK_SHAPES: list[reference.Shape] = [(6, 6), (6, 6), (4, 3, 5), (7,), ()]
 
 
-def test_every_frequency_agrees_with_the_reference_from_zero_factors() -> None:
+@pytest.mark.parametrize("first_update", ["zero", "apply"])
+def test_every_frequency_agrees_with_the_reference_from_zero_factors(first_update: Any) -> None:
     grads = random_grads(FULL_RANK_SHAPES, seed=0)
-    run = compile_run(prepare=lambda state: state)
+    run = compile_run(prepare=lambda state: state, first_update=first_update)
     for frequency in range(1, 8):
         directions, _ = run(grads, precondition_frequency=frequency)
-        options = reference.Options(precondition_frequency=frequency)
+        options = reference.Options(precondition_frequency=frequency, first_update=first_update)
         for name, leaf_grads in grads.items():
             expected = reference.run(leaf_grads, options)
             np.testing.assert_allclose(directions[name], expected, rtol=0, atol=TOLERANCE)

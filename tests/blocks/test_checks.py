@@ -19,32 +19,14 @@ KERNEL = np.ones((6, 4), np.float32)
     [
         (jax.nn.relu, r"must be an array, got .* at \['leaf'\]; filter the tree .*eqx\.filter"),
         ("dense", r"must be an array, got 'dense' at \['leaf'\]; filter the tree"),
-        (
-            np.ones((3, 2), np.complex64),
-            r"real floating-point array, got complex64 at \['leaf'\]; wrap the optimizer in "
-            r"optax\.contrib\.split_real_and_imaginary",
-        ),
         (np.ones(3, np.int32), r"got int32 at \['leaf'\]; leave it out with optax\.masked"),
     ],
 )
-def test_a_leaf_that_is_no_real_array_raises_with_its_path_and_the_way_out(
+def test_a_leaf_that_is_no_floating_point_array_raises_with_its_path_and_the_way_out(
     leaf: Any, message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
         soap_optax.soap(1e-3).init({"kernel": KERNEL, "leaf": leaf})
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("implicit_promotion")
-def test_the_way_out_for_complex_leaves_works() -> None:
-    optimizer = optax.contrib.split_real_and_imaginary(soap_optax.scale_by_soap())
-    params = {"kernel": jnp.ones((4, 3), jnp.complex64)}
-    state = optimizer.init(params)
-    for _ in range(3):
-        updates, state = optimizer.update({"kernel": (1 + 2j) * params["kernel"]}, state, params)
-    updates: Any = updates  # pyright: ignore[reportPossiblyUnboundVariable]  # The loop ran.
-    assert updates["kernel"].dtype == jnp.complex64
-    assert np.all(np.abs(updates["kernel"]) > 0)
 
 
 def test_an_eps_that_float16_rounds_to_zero_raises_with_the_way_out() -> None:

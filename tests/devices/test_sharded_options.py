@@ -71,6 +71,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "merge_dims": {"merge_dims": True, "max_precond_dim": 16},
     "factored": {"factored": True, "fold_factors": True},
     "kl": {"factor_estimator": "kl"},
+    "apply": {"first_update": "apply", "factored": True},
+    "apply_kl": {"first_update": "apply", "factor_estimator": "kl", "stagger": True},
+    "apply_after": {"first_update": "apply", "refresh_order": "after_gradient"},
     "kl_all": {
         "factor_estimator": "kl",
         "refresh_order": "after_gradient",

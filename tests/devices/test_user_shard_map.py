@@ -26,6 +26,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {"factored": True, "normalize_grads": True},
     "kl": {"factor_estimator": "kl"},
     "kl after": {"factor_estimator": "kl", "refresh_order": "after_gradient"},
+    "apply": {"first_update": "apply"},
+    "apply kl": {"first_update": "apply", "factor_estimator": "kl", "factored": True},
+    "apply after": {"first_update": "apply", "refresh_order": "after_gradient"},
     "stored narrow": {"fold_factors": True, "preconditioner_dtype": jnp.bfloat16},
 }
 STEPS = 4

@@ -27,6 +27,7 @@ def test_soap_hands_every_argument_on_to_scale_by_soap(monkeypatch: pytest.Monke
         "merge_dims": True,
         "normalize_grads": True,
         "correct_bias": False,
+        "first_update": "apply",
         "mu_dtype": jnp.bfloat16,
         "block_size": 5,
         "dimension_numbers": MuonDimensionNumbers(),

@@ -34,17 +34,18 @@ def step(grad: np.ndarray, state: KlState, options: Options) -> np.ndarray:
     leaf = state.leaf
     grad = grad.reshape(leaf.mu.shape)
     after = options.refresh_order == "after_gradient"
-    updates = leaf.calls
+    moves_at_first = options.first_update == "apply"
+    is_first, updates = leaf.calls == 0, leaf.calls + moves_at_first
     leaf.calls += 1
     is_due = updates % options.precondition_frequency == 0
-    if after:
+    if after or (is_first and moves_at_first):
         update_factors(grad, state, options)
-        if updates > 0 and (updates - 1) % options.precondition_frequency == 0:
+        if updates > 0 and (is_first or reference.is_due_after(updates, options)):
             refresh(state, options)
     direction = np.zeros_like(grad)
     if updates > 0:
-        direction = adam(grad, state, options)
-    if not after:
+        direction = adam(grad, state, options, updates)
+    if not after and not (is_first and moves_at_first):
         update_factors(grad, state, options)
     if updates > 0:
         update_eigenvalues(grad, state, options)
@@ -53,14 +54,17 @@ def step(grad: np.ndarray, state: KlState, options: Options) -> np.ndarray:
     return direction
 
 
-def adam(grad: np.ndarray, state: KlState, options: Options) -> np.ndarray:
-    leaf, updates = state.leaf, state.leaf.calls - 1
+def adam(grad: np.ndarray, state: KlState, options: Options, updates: int) -> np.ndarray:
+    leaf = state.leaf
     assert leaf.bases is not None
     leaf.mu = options.b1 * leaf.mu + (1 - options.b1) * grad
     rotated = reference.rotate(grad, leaf.bases)
+    rotated_mu = reference.rotate(leaf.mu, leaf.bases)
+    if leaf.calls == 1 and len(leaf.bases) > 1:  # Errors of the bases.
+        is_error = np.abs(rotated) < 1e-7 * np.max(np.abs(rotated))
+        rotated, rotated_mu = (np.where(is_error, 0, x) for x in (rotated, rotated_mu))
     leaf.nu = options.b2 * leaf.nu + (1 - options.b2) * rotated**2
     root = np.sqrt(reference.second_moment(leaf, options))
-    rotated_mu = reference.rotate(leaf.mu, leaf.bases)
     direction = reference.rotate_back(rotated_mu / (root + options.eps), leaf.bases)
     if options.normalize_grads:
         direction = direction / math.sqrt(np.mean(direction**2))

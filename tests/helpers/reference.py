@@ -46,6 +46,7 @@ class Options:
     merge_dims: bool = False
     normalize_grads: bool = False
     correct_bias: bool = True
+    first_update: Literal["zero", "apply"] = "zero"
     refresh: Literal["qr", "eigh"] = "qr"
     refresh_order: Literal["before_gradient", "after_gradient"] = "before_gradient"
     one_sided: bool = False
@@ -60,7 +61,7 @@ class LeafState:
     bases: Matrices | None  # Columns are eigenvectors, by descending eigenvalue; None before any.
     mu: np.ndarray  # First moment, in the parameters' coordinates.
     nu: np.ndarray  # Second moment, in the eigenbasis' coordinates.
-    calls: int = 0  # The number of calls so far, including the first, which returns zeros.
+    calls: int = 0  # The number of calls so far, including the first.
 
 
 def merged(shape: Shape, limit: int) -> Shape:
@@ -114,16 +115,17 @@ def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
     shape = grad.shape
     grad = grad.reshape(state.mu.shape)
     bases_see_gradient = options.refresh_order == "after_gradient"
-    updates = state.calls  # The number of updates so far, including this one.
+    is_first, moves_at_first = state.calls == 0, options.first_update == "apply"
+    updates = state.calls + moves_at_first  # The number of updates so far, including this one.
     state.calls += 1
 
-    if updates == 0 or bases_see_gradient:
+    if is_first or bases_see_gradient:
         update_factors(grad, state, options)
+    if is_first and (moves_at_first or not bases_see_gradient):
+        refresh(state, options)
     if updates == 0:  # The first call returns zeros.
-        if not bases_see_gradient:
-            refresh(state, options)
         return np.zeros(shape)
-    if bases_see_gradient and (updates - 1) % options.precondition_frequency == 0:
+    if bases_see_gradient and state.calls > 1 and is_due_after(updates, options):
         refresh(state, options)
     assert state.bases is not None
 
@@ -131,10 +133,15 @@ def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
     state.mu = options.b1 * state.mu + (1 - options.b1) * grad
     rotated_grad = rotate(grad, state.bases)
     rotated_mu = rotate(state.mu, state.bases)
+    if is_first and len([basis for basis in state.bases.values() if len(basis) > 1]) > 1:
+        # Errors of the bases, in which one gradient alone would have zeros.
+        is_error = np.abs(rotated_grad) < 1e-7 * np.max(np.abs(rotated_grad))
+        rotated_grad, rotated_mu = (np.where(is_error, 0, x) for x in (rotated_grad, rotated_mu))
 
     # N = Q_L (M' / sqrt(V)) Q_R^T
     state.nu = options.b2 * state.nu + (1 - options.b2) * rotated_grad**2
-    root = np.sqrt(second_moment(state, options))
+    # The marginals of one gradient are too few for an estimate.
+    root = np.sqrt(state.nu if is_first else second_moment(state, options))
     direction = rotate_back(rotated_mu / (root + options.eps), state.bases)
 
     if options.normalize_grads:
@@ -144,10 +151,16 @@ def step(grad: np.ndarray, state: LeafState, options: Options) -> np.ndarray:
         direction *= math.sqrt(1 - options.b2**updates) / (1 - options.b1**updates)
 
     if not bases_see_gradient:
-        update_factors(grad, state, options)
+        if not is_first:
+            update_factors(grad, state, options)
         if updates % options.precondition_frequency == 0:
             refresh(state, options)
     return direction.reshape(shape)
+
+
+def is_due_after(updates: int, options: Options) -> bool:
+    """Whether a refresh is due that uses the gradient of this update."""
+    return (updates - 1) % options.precondition_frequency == 0
 
 
 def update_factors(grad: np.ndarray, state: LeafState, options: Options) -> None:

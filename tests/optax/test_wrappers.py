@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -418,6 +419,26 @@ def test_schedule_of_the_frequency_changes_the_rhythm_without_a_new_program() ->
 
 def muon_of_matrices(params: Any) -> Any:
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), params)
+
+
+@pytest.mark.parametrize("norm", mostly_long([1, 2, np.inf], [2]))
+def test_what_divides_an_update_by_its_norm_is_finite_if_the_first_gradient_makes_an_update(
+    norm: Any,
+) -> None:
+    def unit_norm(updates: Any, _params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf / jnp.linalg.norm(leaf.ravel(), norm), updates)
+
+    finite = {}
+    for choice in ("zero", "apply"):
+        soap = soap_optax.scale_by_soap(first_update=choice)
+        optimizer = optax.chain(soap, optax.stateless(unit_norm))
+        update, params = jax.jit(optimizer.update), PARAMS
+        state = optimizer.init(params)
+        for grads in gradients(3):
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        finite[choice] = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert finite == {"zero": False, "apply": True}
 
 
 SAFE_AFTER_A_ZERO_UPDATE: dict[str, optax.GradientTransformation] = {

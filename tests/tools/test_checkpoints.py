@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_model_raises_with_the_leaf_that_differs(
 
 def test_the_error_names_every_option_that_decides_shapes_and_dtypes() -> None:
     decide_numbers = {"mask", "normalize_grads", "correct_bias", "refresh", "refresh_order"}
-    decide_numbers |= {"stagger", "precision", "param_shardings"}
+    decide_numbers |= {"first_update", "stagger", "precision", "param_shardings"}
     with pytest.raises(ValueError, match="use those of the run that wrote it") as caught:
         check_checkpoint({}, {"leaf": jnp.zeros(3)})
     for option in set(soap_optax.STATIC_ARGS) - decide_numbers:
