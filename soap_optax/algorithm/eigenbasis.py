@@ -3,10 +3,10 @@
 Every function takes one block. `soap_optax.stacks` decides when a refresh runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from soap_optax.algorithm.refresh_methods import (
     NewBasis,
     RefreshMethod,
     columns_in_place,
+    over_axes,
 )
 from soap_optax.linalg import (
     decoupled_rows,
@@ -211,7 +212,7 @@ def _refresh_fully(
 def _first_bases(factors: Sequence[Array], rows: Sequence[Array]) -> list[NewBasis]:
     """The exact eigenvectors of the factors."""
     inputs = list(zip(factors, rows, strict=True))
-    bases = _over_axes(lambda one: descending_eigenvectors(*one), inputs)
+    bases = over_axes(lambda one: descending_eigenvectors(*one), inputs)
     return [NewBasis(basis, columns_in_place(basis)) for basis in bases]
 
 
@@ -225,7 +226,7 @@ def _later_bases(
     """The bases after one refresh; computes the products of factors and bases if not given."""
     products = _products(factors, bases) if products is None else products
     inputs = list(map(FactorInBasis, factors, bases, products, rows))
-    return _over_axes(METHODS[method], inputs)
+    return over_axes(METHODS[method], inputs)
 
 
 def _refresh_partly_or_first(
@@ -284,29 +285,3 @@ def _with_moments(
 def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tuple[Array, ...]:
     """The estimates of eigenvalues, permuted with the columns of each basis; none for `gram`."""
     return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
-
-
-def _over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
-    """Calls a function for every axis of a block, with the tree of arrays that is the axis' input.
-
-    On accelerators, where decompositions compile slowly, axes of the same length share one program.
-    On CPUs each axis has a program of its own.
-    """
-
-    def each(inputs: Sequence[Any]) -> list[Any]:
-        return [function(one) for one in inputs]
-
-    def by_length(inputs: Sequence[Any]) -> list[Any]:
-        results: dict[int, Any] = {}
-        for length in dict.fromkeys(lengths):
-            equal = [axis for axis, other in enumerate(lengths) if other == length]
-            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(inputs[i] for i in equal))
-            mapped = lax.map(function, stacked)
-            for number, axis in enumerate(equal):
-                results[axis] = jax.tree.map(lambda array, number=number: array[number], mapped)
-        return [results[axis] for axis in range(len(lengths))]
-
-    lengths = [len(jax.tree.leaves(one)[0]) for one in inputs]
-    if len(set(lengths)) == len(lengths):
-        return each(inputs)
-    return lax.platform_dependent(inputs, cpu=each, default=by_length)

@@ -14,9 +14,10 @@ The unit vectors of decoupled rows come first. They have rounding errors, which 
 `partial`, the fifth method, is in `partial_refresh`: it multiplies only a quarter of the columns.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -157,3 +158,29 @@ def descending_permutation(product: Array, basis: Array, first: Array) -> Array:
     """
     quotients = jnp.where(first, jnp.inf, rayleigh_quotients(product, basis))
     return jnp.argsort(-quotients)
+
+
+def over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
+    """Calls a function for every axis of a block, with the axis' own tree of arrays.
+
+    On accelerators, where decompositions compile slowly, axes of the same length share one program.
+    On CPUs each axis has a program of its own.
+    """
+
+    def each(inputs: Sequence[Any]) -> list[Any]:
+        return [function(one) for one in inputs]
+
+    def by_length(inputs: Sequence[Any]) -> list[Any]:
+        results: dict[int, Any] = {}
+        for length in dict.fromkeys(lengths):
+            equal = [axis for axis, other in enumerate(lengths) if other == length]
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(inputs[i] for i in equal))
+            mapped = lax.map(function, stacked)
+            for number, axis in enumerate(equal):
+                results[axis] = jax.tree.map(lambda array, number=number: array[number], mapped)
+        return [results[axis] for axis in range(len(lengths))]
+
+    lengths = [len(jax.tree.leaves(one)[0]) for one in inputs]
+    if len(set(lengths)) == len(lengths):
+        return each(inputs)
+    return lax.platform_dependent(inputs, cpu=each, default=by_length)
