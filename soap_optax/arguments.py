@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from soap_optax import value_checks
 from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax.blocks import DEFAULT_MAX_PRECOND_DIM
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
@@ -79,6 +80,7 @@ def check_transform(**arguments: Any) -> None:
 def _check_pairs(arguments: Mapping[str, Any]) -> None:
     """Raises if two arguments contradict each other."""
     block_size, max_precond_dim = arguments["block_size"], arguments["max_precond_dim"]
+    max_precond_dim = DEFAULT_MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
     if block_size is not None and block_size > max_precond_dim:
         raise ValueError(
             f"block_size must be at most max_precond_dim ({max_precond_dim}), got {block_size}: a "

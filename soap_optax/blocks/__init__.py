@@ -17,9 +17,17 @@ from soap_optax.blocks.gather import (
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
 from soap_optax.blocks.prefixes import broadcast_prefix
-from soap_optax.blocks.views import Axes, AxesMark, BlockOptions, Shape, axes_of_leaves
+from soap_optax.blocks.views import (
+    DEFAULT_MAX_PRECOND_DIM,
+    Axes,
+    AxesMark,
+    BlockOptions,
+    Shape,
+    axes_of_leaves,
+)
 
 __all__ = [
+    "DEFAULT_MAX_PRECOND_DIM",
     "Axes",
     "AxesMark",
     "BlockOptions",
