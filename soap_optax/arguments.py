@@ -26,6 +26,16 @@ _HYPERBALL_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mask": value_checks.check_mask,
 }
 
+_SOAP_ADAMW_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "adamw_learning_rate": lambda name, value: (
+        None if value is None else value_checks.check_learning_rate(name, value)
+    ),
+    "adamw_b1": value_checks.check_decay,
+    "adamw_b2": value_checks.check_decay,
+    "labels": partial(value_checks.check_tree, entries="'soap' and 'adamw'"),
+    "report": value_checks.check_report,
+}
+
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "b1": value_checks.check_decay,
     "b2": value_checks.check_decay,
@@ -68,6 +78,23 @@ def check_hyperball(**arguments: Any) -> None:
     """Raises if an argument of `hyperball` is out of range."""
     for name, value in arguments.items():
         _HYPERBALL_CHECKS[name](name, value)
+
+
+def check_soap_adamw(**arguments: Any) -> None:
+    """Raises if an argument that only `soap_adamw` has is out of range."""
+    for name, value in arguments.items():
+        _SOAP_ADAMW_CHECKS[name](name, value)
+
+
+def check_left_to_default_dimension_numbers(**flags: bool) -> None:
+    """Raises if `soap_adamw` gets an option that its default dimension numbers leave no effect."""
+    for name, value in flags.items():
+        _CHECKS[name](name, value)
+        if value:
+            raise ValueError(
+                f"{name} must be False where default_dimension_numbers decide about the axes, got "
+                "True; pass dimension_numbers=lambda params: None for the treatment by soap"
+            )
 
 
 def check_transform(**arguments: Any) -> None:

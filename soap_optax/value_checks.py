@@ -118,7 +118,16 @@ def check_tree(name: str, value: Any, entries: str) -> None:
     if isinstance(value, (bool, str, numbers.Number)):
         raise TypeError(
             f"{name} must be None, a tree of {entries} that matches the parameters, or a function "
-            f"of the parameters that returns one, got {value!r}"
+            f"of the parameters that returns one, got {value!r}" + _STATIC_HINT
+        )
+
+
+def check_report(name: str, value: Any) -> None:
+    """Raises unless `value` is None or a function."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name} must be None or a function of a Description, got {value!r}; pass print for a "
+            "table of what each parameter gets"
         )
 
 

@@ -4,7 +4,7 @@ May import: `soap_optax.state`, JAX. Must never know: the equations, meshes and 
 basis is refreshed.
 """
 
-from soap_optax.blocks.checks import check_state, is_placeholder, plan_of, statistics_of
+from soap_optax.blocks.checks import check_leaf, check_state, is_placeholder, plan_of, statistics_of
 from soap_optax.blocks.gather import (
     concatenate,
     consecutive_slices,
@@ -37,6 +37,7 @@ __all__ = [
     "Shape",
     "axes_of_leaves",
     "broadcast_prefix",
+    "check_leaf",
     "check_state",
     "concatenate",
     "consecutive_slices",
