@@ -123,6 +123,8 @@ def describe(params: Any, *, labels: Any = None, **options: Any) -> Description:
         return _described(params, known)
     assignment = assignment_of(params, labels, known["dimension_numbers"])
     known["dimension_numbers"] = assignment.dimension_numbers
+    if known["precondition_frequency"] is None:  # The default of `soap_adamw`.
+        known["precondition_frequency"] = 1
     soap_only = _described(assignment.of_soap(params), known)
     adam = scale_by_guarded_adam(0.9, 0.95, 1e-8, known["mu_dtype"])
     count_bytes = _bytes(jax.eval_shape(adam.init, {}))

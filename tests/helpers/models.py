@@ -38,7 +38,7 @@ class LinenBlock(linen.Module):
             LinenMLP,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=None,  # pyright: ignore[reportArgumentType]  # Flax takes it.
             out_axes=-1,
             axis_size=self.experts,
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen, nnx
-from helpers.models import D, EXPERTS, LAYERS, TREES
+from helpers.models import EXPERTS, LAYERS, TREES, D
 from jax.sharding import AxisType
 from optax.contrib import MuonDimensionNumbers
 
