@@ -114,6 +114,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
       mu_dtype: of both optimizers.
       dimension_numbers: as for `soap`; entries for AdamW's parameters have no effect. None means
         `default_dimension_numbers`. For `soap`'s own treatment, pass ``lambda params: None``.
+      param_shardings: as for `soap`. A function gets SOAP's parameters only.
 
     The remaining arguments are those of `soap`. ``merge_dims`` and ``precondition_1d`` need
     ``dimension_numbers`` that leave these decisions to them.
