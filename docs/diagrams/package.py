@@ -10,9 +10,8 @@ def wings() -> Canvas:
         556,
         "The wings of the package",
         "Imports go one way: partitioned, tools, alias, transform, hyperball and adamw, then "
-        "options, schedules and arguments, then stacks. Stacks import devices and algorithm. Devices "
-        "import blocks, "
-        "algorithm imports linalg, and all may import state.",
+        "options, schedules and arguments, then stacks. Stacks import devices and algorithm. "
+        "Devices import blocks, algorithm imports linalg, and all may import state.",
     )
     left, right, wide, narrow = 20, 310, 560, 270
     for style, name, purpose, x, y, width in (

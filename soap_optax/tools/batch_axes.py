@@ -1,4 +1,4 @@
-"""Axes of layers, experts and other stacks, told from Flax's metadata and from shapes."""
+"""Axes of layers, experts and other stacks, from Flax's metadata and from shapes."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Axes = tuple[int, ...]
 
 
 def named_batch_axes(parameter: Parameter) -> Axes:
-    """The axes that metadata calls *layers*, *experts* or alike."""
+    """The axes with names such as *layers* or *experts* in the metadata."""
     return tuple(
         axis
         for axis, name in enumerate(parameter.axis_names)
@@ -26,10 +26,10 @@ def named_batch_axes(parameter: Parameter) -> Axes:
 def stacked_axes(parameters: Sequence[Parameter], siblings: Siblings) -> list[Axes]:
     """The axes along which whole subtrees are stacked, for each parameter.
 
-    A subtree is stacked along the first axis of its parameters if that axis is equally long in all
-    of them, and one of its biases or scales has an axis too many. The same holds for the second
-    axis, if it is shorter than the first one in these biases and scales. The subtree is then
-    searched again without that axis.
+    A subtree is stacked along an axis under two conditions. All its parameters have the same length
+    there, and one of its biases or scales has an axis too many. The axis is the first one. Or it is
+    the second one, if that is shorter than the first one in these biases and scales. The subtree is
+    then searched again without that axis.
     """
     vectors = {
         number: extra_axes(parameter)

@@ -17,7 +17,7 @@ from soap_optax.state import AdamState, ScaleBySoapState, StackState
 from soap_optax.tools.assignment import assignment_of
 from soap_optax.transform import scale_by_soap
 
-# The arguments of `soap_adamw` that `soap` does not have, but for `labels`.
+# The arguments of `soap_adamw` alone, without `labels`.
 ONLY_OF_SOAP_ADAMW = ("adamw_learning_rate", "adamw_b1", "adamw_b2", "report")
 
 

@@ -35,11 +35,11 @@ def default_dimension_numbers(params: Any) -> Any:
 
     All axes outside of rows and columns are batch axes. They are found in this sequence:
 
-    - **Metadata.** Axes that Linen's boxes or NNX's variables call *layers, experts, stage, scan*
-      or alike are batch axes. Axes called *heads* and *kv* or *head_dim* belong together.
-    - **Stacks.** If an axis is equally long in all parameters of a subtree, and a bias or scale in
-      it has an axis too many, all these parameters are stacked along this axis. It is the first or
-      the second axis, as after `flax.linen.scan`, `flax.nnx.vmap` or `equinox.filter_vmap`.
+    - **Metadata.** Linen's boxes and NNX's variables may name axes. Names such as *layers, experts,
+      stage* or *scan* mean batch axes. Axes called *heads* and *kv* or *head_dim* belong together.
+    - **Stacks.** `flax.linen.scan`, `flax.nnx.vmap` and `equinox.filter_vmap` add an axis of equal
+      length to all parameters of a subtree. It counts as a batch axis if it is the first or the
+      second one, and if a bias or scale in the subtree has an axis too many.
     - **Names.** Layers called *query, key, value, q, k, v, qkv, kv* project to heads, with or
       without *proj, dense, linear* or *to*. Layers called *out, output* or *o* next to them, or
       below a part of the path that names attention, project back. Layers with *conv* in their name
@@ -47,9 +47,10 @@ def default_dimension_numbers(params: Any) -> Any:
     - **Shapes.** A kernel of four or more axes with a square window of up to 16 convolves, unless
       its path names experts. So does a kernel of three or more axes whose bias has one.
 
-    Gradients have no metadata in `flax.nnx`. If the metadata decides, pass the result, not the
-    function: ``dimension_numbers=default_dimension_numbers(nnx.state(model, nnx.Param))``.
-    `soap_adamw` ignores the metadata of `flax.nnx` by itself, for the same reason.
+    `flax.nnx.Optimizer` passes no metadata with gradients. If the metadata decides, pass the result,
+    not the function: ``dimension_numbers=default_dimension_numbers(nnx.state(model, nnx.Param))``.
+    Otherwise `update` may find other axes than ``init``, and raises. So `soap_adamw` does not read
+    the metadata of `flax.nnx` unless you pass the result.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax

@@ -1,7 +1,7 @@
-"""Which axes of a kernel are the rows and the columns of its matrix, told from its path and shape.
+"""The rows and columns of a kernel's matrix, from its path and shape.
 
-These functions get the axes that are left without those of layers and experts. They return None if
-the kernel is not of their kind.
+These functions get the kernel's axes without those of layers and experts. They return None for a
+kernel of another kind.
 """
 
 import re

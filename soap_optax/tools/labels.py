@@ -26,10 +26,10 @@ def default_labels(params: Any) -> Any:
     Matrices, and arrays of more dimensions, get SOAP. These parameters get AdamW:
 
     - scalars and vectors, also with more axes of length 1, as in ``(1, 1, d)``;
-    - vectors of layers that are stacked for `jax.lax.scan`, and biases of attention, which have two
-      axes. They are parameters whose own name ends in *beta, bias, biases, gamma, offset* or
-      *scale*, a ``b`` next to a ``w``, and a ``weight`` in a layer of normalization or next to a
-      ``bias`` of its own shape;
+    - vectors with more axes: biases of attention have two, and so have all vectors of layers that
+      are stacked for `jax.lax.scan`. Their own name ends in *beta, bias, biases, gamma, offset* or
+      *scale*. A ``b`` next to a ``w`` is a vector too, and so is a ``weight`` in a layer of
+      normalization, or next to a ``bias`` of the same shape;
     - embeddings, tables of positions or tokens, and output heads, recognized by their path.
 
     A path has parts: its keys, further split at ``/`` and ``.``. Each part has words, in lower

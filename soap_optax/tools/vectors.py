@@ -1,4 +1,4 @@
-"""Biases, scales and offsets, told from paths and from the parameters next to them."""
+"""Biases, scales and offsets, from paths and from the parameters next to them."""
 
 import re
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def _place(parameter: Parameter) -> tuple[tuple[str, ...], str]:
 def is_vector(parameter: Parameter, siblings: Siblings) -> bool:
     """Whether a parameter is a vector of each layer, whatever number of axes it has.
 
-    The names *bias*, *scale* and their like mean a vector. So does ``weight`` in a layer of
-    normalization, or next to a ``bias`` of its own shape, and ``b`` next to a ``w``.
+    The names *bias*, *scale* and their like mean a vector. So does ``b`` next to a ``w``, and
+    ``weight`` in a layer of normalization or next to a ``bias`` of the same shape.
     """
     name = parameter.name
     if last_word(words_of(name)) in _VECTOR:
@@ -54,7 +54,7 @@ def is_vector(parameter: Parameter, siblings: Siblings) -> bool:
 
 
 def extra_axes(vector: Parameter) -> int:
-    """The number of axes that a vector has beside those that it needs.
+    """The number of axes of a vector beside its own.
 
     A bias of a projection to heads has two axes of its own, ``(heads, head_dim)``. Trailing axes of
     length 1 belong to a convolution's bias in Equinox.
