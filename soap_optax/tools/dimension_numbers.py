@@ -47,8 +47,8 @@ def default_dimension_numbers(params: Any) -> Any:
     - **Shapes.** A kernel of four or more axes with a square window of up to 16 convolves, unless
       its path names experts. So does a kernel of three or more axes whose bias has one.
 
-    `flax.nnx.Optimizer` passes no metadata with gradients. If the metadata decides, pass the result,
-    not the function: ``dimension_numbers=default_dimension_numbers(nnx.state(model, nnx.Param))``.
+    `flax.nnx.Optimizer` passes no metadata with gradients. If the metadata decides, pass the
+    result, not the function: ``dimension_numbers=default_dimension_numbers(nnx.state(model, nnx.Param))``.
     Otherwise `update` may find other axes than ``init``, and raises. So `soap_adamw` does not read
     the metadata of `flax.nnx` unless you pass the result.
 
@@ -73,9 +73,9 @@ def default_dimension_numbers(params: Any) -> Any:
       params: a tree of parameters, of their shapes, or of gradients, such as an `nnx.State`.
 
     Returns:
-      The same tree with an entry in place of every parameter and its box: None, or
-      `optax.contrib.MuonDimensionNumbers`, which `optax.contrib.muon` takes as well. None and
-      `optax.MaskedNode` are not parameters and stay.
+      The same tree with an entry in place of every parameter, also where that is in a box. An entry
+      is None, or `optax.contrib.MuonDimensionNumbers`, which `optax.contrib.muon` takes as well.
+      None and `optax.MaskedNode` are not parameters and stay.
 
     Raises:
       TypeError: for a single integer, which `optax.inject_hyperparams` passes to functions that are
