@@ -17,7 +17,7 @@ Axes = tuple[int, ...]
 def default_dimension_numbers(params: Any) -> Any:
     """Dimension numbers of each parameter, by paths, shapes and Flax's metadata.
 
-    Pass the function itself, or its result, as ``dimension_numbers``. Each parameter is a matrix,
+    Pass the function, or its result, as ``dimension_numbers``. Each parameter is a matrix,
     or a batch of matrices with a preconditioner each:
 
     ==============================  ===================================  ==========  ==============
@@ -47,10 +47,13 @@ def default_dimension_numbers(params: Any) -> Any:
     - **Shapes.** A kernel of four or more axes with a square window of up to 16 convolves, unless
       its path names experts. So does a kernel of three or more axes whose bias has one.
 
-    `flax.nnx.Optimizer` passes no metadata with gradients. If the metadata decides, pass the
-    result, not the function: ``dimension_numbers=default_dimension_numbers(nnx.state(model, nnx.Param))``.
-    Otherwise `update` may find other axes than ``init``, and raises. So `soap_adamw` does not read
-    the metadata of `flax.nnx` unless you pass the result.
+    Pass the result for the parameters, not the function, in two cases. Otherwise the function may
+    find other axes than it should, or other ones in ``update`` than in ``init``, which raises:
+
+    - Under `optax.partition` or `optax.masked`, the function gets SOAP's parameters only. Biases
+      and scales are missing, and so are the stacks that they show. `soap_adamw` needs no result.
+    - `flax.nnx.Optimizer` passes metadata to ``init`` only. `soap_adamw` does not read it either.
+      If metadata decides, pass ``default_dimension_numbers(nnx.state(model, nnx.Param))``.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
