@@ -2,12 +2,14 @@
 
 from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.hyperball import hyperball
+from soap_optax.partitioned import soap_adamw
 from soap_optax.schedules import thinning_frequency
 from soap_optax.state import AdamState, HyperballState, ScaleBySoapState, StackState
 from soap_optax.tools import (
     Description,
     ParameterDescription,
     check_checkpoint,
+    default_dimension_numbers,
     default_labels,
     describe,
     diagnostics,
@@ -26,12 +28,14 @@ __all__ = [
     "ScaleBySoapState",
     "StackState",
     "check_checkpoint",
+    "default_dimension_numbers",
     "default_labels",
     "describe",
     "diagnostics",
     "hyperball",
     "scale_by_soap",
     "soap",
+    "soap_adamw",
     "state_shardings",
     "thinning_frequency",
 ]

@@ -40,7 +40,8 @@ STATIC_ARGS = (
 )
 """Arguments of `soap` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
 
-`scale_by_soap` has no `mask`, the first entry: pass `STATIC_ARGS[1:]` there.
+Their defaults need no `static_args`. `scale_by_soap` has no `mask`, the first entry: pass
+`STATIC_ARGS[1:]` there.
 """
 
 
@@ -54,7 +55,7 @@ def soap(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     *,
     shampoo_beta: ArrayLike | None = None,
     precondition_frequency: Frequency = 10,
-    max_precond_dim: int = 10000,
+    max_precond_dim: int | None = None,
     precondition_1d: bool = False,
     merge_dims: bool = False,
     normalize_grads: bool = False,

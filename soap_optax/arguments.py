@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from soap_optax import value_checks
 from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
+from soap_optax.blocks import DEFAULT_MAX_PRECOND_DIM
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
@@ -23,6 +24,16 @@ _HYPERBALL_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "learning_rate": partial(value_checks.check_learning_rate, good_start="0.02"),
     "dimension_numbers": _check_dimension_numbers,
     "mask": value_checks.check_mask,
+}
+
+_SOAP_ADAMW_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "adamw_learning_rate": lambda name, value: (
+        None if value is None else value_checks.check_learning_rate(name, value)
+    ),
+    "adamw_b1": value_checks.check_decay,
+    "adamw_b2": value_checks.check_decay,
+    "labels": partial(value_checks.check_tree, entries="'soap' and 'adamw'"),
+    "report": value_checks.check_report,
 }
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -70,6 +81,23 @@ def check_hyperball(**arguments: Any) -> None:
         _HYPERBALL_CHECKS[name](name, value)
 
 
+def check_soap_adamw(**arguments: Any) -> None:
+    """Raises if an argument that only `soap_adamw` has is out of range."""
+    for name, value in arguments.items():
+        _SOAP_ADAMW_CHECKS[name](name, value)
+
+
+def check_left_to_default_dimension_numbers(**flags: bool) -> None:
+    """Raises if `soap_adamw` gets an option that its default dimension numbers leave no effect."""
+    for name, value in flags.items():
+        _CHECKS[name](name, value)
+        if value:
+            raise ValueError(
+                f"{name} must be False where default_dimension_numbers decide about the axes, got "
+                "True; pass dimension_numbers=lambda params: None for the treatment by soap"
+            )
+
+
 def check_transform(**arguments: Any) -> None:
     """Raises if an argument of `scale_by_soap` is out of range or contradicts another."""
     for name, value in arguments.items():
@@ -80,6 +108,7 @@ def check_transform(**arguments: Any) -> None:
 def _check_pairs(arguments: Mapping[str, Any]) -> None:
     """Raises if two arguments contradict each other."""
     block_size, max_precond_dim = arguments["block_size"], arguments["max_precond_dim"]
+    max_precond_dim = DEFAULT_MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
     if block_size is not None and block_size > max_precond_dim:
         raise ValueError(
             f"block_size must be at most max_precond_dim ({max_precond_dim}), got {block_size}: a "

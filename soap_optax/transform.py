@@ -29,7 +29,7 @@ def scale_by_soap(
     *,
     shampoo_beta: ArrayLike | None = None,
     precondition_frequency: Frequency = 10,
-    max_precond_dim: int = 10000,
+    max_precond_dim: int | None = None,
     precondition_1d: bool = False,
     merge_dims: bool = False,
     normalize_grads: bool = False,
@@ -108,8 +108,8 @@ def scale_by_soap(
       precondition_frequency: number of updates from one refresh of the bases to the next, an
         integer of at least 1. Or a schedule that returns it for the number of calls of ``update``
         so far, not counting a first one that moves nothing. It may be traced.
-      max_precond_dim: longest axis that gets a factor. Factor and basis of an axis of length `d`
-        take :math:`2 d^2` numbers of state.
+      max_precond_dim: longest axis that gets a factor. None means 10,000. Factor and basis of an
+        axis of length `d` take :math:`2 d^2` numbers of state.
       precondition_1d: whether vectors get a factor as well.
       merge_dims: whether to merge neighbouring dimensions, from the first on, while their product
         stays within ``max_precond_dim``, as for the kernels of convolutions.
@@ -128,7 +128,8 @@ def scale_by_soap(
         parameters or a prefix of it, or a function of the parameters that returns one. Its entries
         have a ``reduction_axis`` and an ``output_axis``, each one axis or several, as in
         `optax.contrib.MuonDimensionNumbers`. All other axes are batch axes: each slice is a block
-        with its own preconditioner. A leaf with an entry of None gets no preconditioner.
+        with its own preconditioner. A leaf with an entry of None gets no preconditioner. An entry
+        may also be a function of the leaf that returns one of these.
       stack_sharding: sharding of the state over a mesh, such as
         ``NamedSharding(mesh, P(("data", "fsdp")))``: every stack is sharded along axis 0. Each
         device refreshes its own blocks; only gradients and updates are resharded. None means one

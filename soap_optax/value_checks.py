@@ -96,8 +96,9 @@ def check_frequency(name: str, value: Any) -> None:
 
 
 def check_max_precond_dim(name: str, value: Any) -> None:
-    """Raises unless `value` is an integer of at least 1."""
-    check_integer(name, value, 1, "for no preconditioning use optax.adamw")
+    """Raises unless `value` is None or an integer of at least 1."""
+    if value is not None:
+        check_integer(name, value, 1, "for no preconditioning use optax.adamw")
 
 
 def check_block_size(name: str, value: Any) -> None:
@@ -117,7 +118,16 @@ def check_tree(name: str, value: Any, entries: str) -> None:
     if isinstance(value, (bool, str, numbers.Number)):
         raise TypeError(
             f"{name} must be None, a tree of {entries} that matches the parameters, or a function "
-            f"of the parameters that returns one, got {value!r}"
+            f"of the parameters that returns one, got {value!r}" + _STATIC_HINT
+        )
+
+
+def check_report(name: str, value: Any) -> None:
+    """Raises unless `value` is None or a function."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name} must be None or a function of a Description, got {value!r}; pass print for a "
+            "table of what each parameter gets"
         )
 
 
@@ -202,6 +212,11 @@ def check_dtype(name: str, value: Any) -> None:
     """Raises unless `value` is None or a float at least as wide and as precise as bfloat16."""
     if value is None:
         return
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be None or a floating dtype such as jnp.bfloat16, got {value!r}"
+            + _STATIC_HINT
+        )
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:

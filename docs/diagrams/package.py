@@ -7,45 +7,47 @@ def wings() -> Canvas:
     """The package's parts, and the direction of imports."""
     canvas = Canvas(
         750,
-        496,
+        556,
         "The wings of the package",
-        "Imports go one way: tools, alias, transform and hyperball, then options, schedules and "
-        "arguments, then stacks. Stacks import devices and algorithm. Devices import blocks, "
-        "algorithm imports linalg, and all may import state.",
+        "Imports go one way: partitioned, tools, alias, transform, hyperball and adamw, then "
+        "options, schedules and arguments, then stacks. Stacks import devices and algorithm. "
+        "Devices import blocks, algorithm imports linalg, and all may import state.",
     )
     left, right, wide, narrow = 20, 310, 560, 270
     for style, name, purpose, x, y, width in (
-        ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 20, wide),
-        ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 80, wide),
+        ("blue", "partitioned", "`soap_adamw`: SOAP and AdamW, with tools", left, 20, wide),
+        ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 80, wide),
+        ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 140, wide),
         (
             "blue",
             "transform",
             "`scale_by_soap`: init and update; beside it `hyperball`",
             left,
-            140,
+            200,
             wide,
         ),
-        ("blue", "options, schedules, arguments", "", left, 200, wide),
-        ("green", "stacks", "all blocks of one shape: when, in which loop", left, 260, wide),
-        ("orange", "devices", "the way on a mesh", left, 320, narrow),
-        ("orange", "blocks", "the way on one device", left, 380, narrow),
-        ("blue", "state", "the NamedTuples", left, 440, narrow),
-        ("purple", "algorithm", "equations of a block", right, 320, narrow),
-        ("purple", "linalg", "matrices only", right, 440, narrow),
-        ("blue", "value_checks", "", 610, 440, 120),
+        ("blue", "options, schedules, arguments", "", left, 260, wide),
+        ("green", "stacks", "all blocks of one shape: when, in which loop", left, 320, wide),
+        ("orange", "devices", "the way on a mesh", left, 380, narrow),
+        ("orange", "blocks", "the way on one device", left, 440, narrow),
+        ("blue", "state", "the NamedTuples", left, 500, narrow),
+        ("purple", "algorithm", "equations of a block", right, 380, narrow),
+        ("purple", "linalg", "matrices only", right, 500, narrow),
+        ("blue", "value_checks", "", 610, 500, 120),
     ):
         canvas.rectangle(x, y, width, 44, style)
         canvas.text(x + 14, y + 27, name, "label bold", 15, "start")
         if purpose:
-            canvas.text(x + 106, y + 27, purpose, "label", 14, "start")
-    canvas.text(310, 227, "user input, checked", "label", 14, "start")
-    for y in (64, 124, 184, 244):
+            offset = 106 if len(name) < 11 else 122
+            canvas.text(x + offset, y + 27, purpose, "label", 14, "start")
+    canvas.text(310, 287, "user input, checked", "label", 14, "start")
+    for y in (64, 124, 184, 244, 304):
         canvas.arrow((300, y), (300, y + 16))
-    for x, y in ((155, 304), (445, 304), (155, 364), (155, 424)):
+    for x, y in ((155, 364), (445, 364), (155, 424), (155, 484)):
         canvas.arrow((x, y), (x, y + 16))
-    canvas.arrow((445, 364), (445, 440))
-    canvas.arrow((350, 364), (350, 404), (260, 440))
-    canvas.arrow((580, 222), (670, 222), (670, 440))
+    canvas.arrow((445, 424), (445, 500))
+    canvas.arrow((350, 424), (350, 464), (260, 500))
+    canvas.arrow((580, 282), (670, 282), (670, 500))
     for number, line in enumerate(
         ("An arrow means", "“imports”: this", "part or others", "below it.")
     ):

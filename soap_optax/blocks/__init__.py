@@ -4,7 +4,7 @@ May import: `soap_optax.state`, JAX. Must never know: the equations, meshes and 
 basis is refreshed.
 """
 
-from soap_optax.blocks.checks import check_state, is_placeholder, plan_of, statistics_of
+from soap_optax.blocks.checks import check_leaf, check_state, is_placeholder, plan_of, statistics_of
 from soap_optax.blocks.complex_leaves import join_complex, split_complex
 from soap_optax.blocks.gather import (
     concatenate,
@@ -18,9 +18,17 @@ from soap_optax.blocks.gather import (
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
 from soap_optax.blocks.prefixes import broadcast_prefix
-from soap_optax.blocks.views import Axes, AxesMark, BlockOptions, Shape, axes_of_leaves
+from soap_optax.blocks.views import (
+    DEFAULT_MAX_PRECOND_DIM,
+    Axes,
+    AxesMark,
+    BlockOptions,
+    Shape,
+    axes_of_leaves,
+)
 
 __all__ = [
+    "DEFAULT_MAX_PRECOND_DIM",
     "Axes",
     "AxesMark",
     "BlockOptions",
@@ -30,6 +38,7 @@ __all__ = [
     "Shape",
     "axes_of_leaves",
     "broadcast_prefix",
+    "check_leaf",
     "check_state",
     "concatenate",
     "consecutive_slices",

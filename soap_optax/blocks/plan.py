@@ -186,7 +186,7 @@ def adam_name(region: Region, dtype: np.dtype, taken: Container[str]) -> str:
 
 def preconditioned_axes(block: Shape, options: BlockOptions) -> tuple[int, ...]:
     """The axes of a block that get a factor. An axis of length 1 gets none: its basis is a sign."""
-    axes = tuple(axis for axis, d in enumerate(block) if 1 < d <= options.max_precond_dim)
+    axes = tuple(axis for axis, d in enumerate(block) if 1 < d <= options.longest_axis)
     return tuple(sorted(axes, key=lambda axis: block[axis])[:1]) if options.one_sided else axes
 
 

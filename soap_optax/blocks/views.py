@@ -14,16 +14,26 @@ from soap_optax.blocks.prefixes import broadcast_prefix
 
 Shape = tuple[int, ...]
 
+# The longest axis that gets a factor by default, as in the authors' code. In signatures it is None,
+# because `optax.inject_hyperparams` traces every number that is a default.
+DEFAULT_MAX_PRECOND_DIM = 10_000
+
 
 @dataclass(frozen=True)
 class BlockOptions:
     """How leaves are cut into blocks. The fields are arguments of `scale_by_soap`."""
 
-    max_precond_dim: int
+    max_precond_dim: int | None
     precondition_1d: bool
     merge_dims: bool
     block_size: int | None
     one_sided: bool
+
+    @property
+    def longest_axis(self) -> int:
+        """The length of the longest axis that gets a factor."""
+        given = self.max_precond_dim
+        return DEFAULT_MAX_PRECOND_DIM if given is None else given
 
 
 class MatrixAxes(NamedTuple):
@@ -93,7 +103,7 @@ def merged_shape(shape: Shape, options: BlockOptions) -> Shape:
     merged: list[int] = []
     current = 1
     for length in shape:
-        if current * length <= options.max_precond_dim:
+        if current * length <= options.longest_axis:
             current *= length
         elif current > 1:
             merged.append(current)
@@ -109,11 +119,13 @@ def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> 
     """The use of the axes of each leaf of a tree, from `dimension_numbers`.
 
     Args:
-      dimension_numbers: None, or a prefix of the tree whose leaves are None (no preconditioner) or
-        have a `reduction_axis` and an `output_axis`, or a function of the tree that returns one.
+      dimension_numbers: None, or a prefix of the tree, or a function of the tree that returns one.
+        Its leaves are None (no preconditioner), or have a `reduction_axis` and an `output_axis`, or
+        are functions of a leaf of the tree that return one of these.
       tree: parameters or gradients.
 
     Raises:
+      TypeError: if an axis is no integer.
       ValueError: if it is not a prefix of the tree, or an axis is out of range or named twice.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -123,7 +135,7 @@ def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> 
         return [AxesMark.DEFAULT] * len(leaves)
     broadcast = broadcast_prefix("dimension_numbers", dimension_numbers, tree, _is_numbers)
     return [
-        _axes_of(numbers, jax.numpy.ndim(leaf), jax.tree_util.keystr(path))
+        _axes_of(_entry_for(leaf, numbers), jax.numpy.ndim(leaf), jax.tree_util.keystr(path))
         for numbers, (path, leaf) in zip(broadcast, leaves, strict=True)
     ]
 
@@ -132,13 +144,19 @@ def _is_numbers(value: Any) -> bool:
     return value is None or hasattr(value, "reduction_axis")
 
 
+def _entry_for(leaf: Any, entry: Any) -> Any:
+    """The entry itself, or its result if it is a function of the leaf."""
+    return entry(leaf) if callable(entry) and not _is_numbers(entry) else entry
+
+
 def _axes_of(numbers: Any, ndim: int, path: str) -> Axes:
     if numbers is None:
         return AxesMark.NOT_PRECONDITIONED
     if not _is_numbers(numbers) or not hasattr(numbers, "output_axis"):
         raise ValueError(
-            "dimension_numbers must be None or have reduction_axis and output_axis, got "
-            f"{numbers!r} at {path}; optax.contrib.MuonDimensionNumbers has both"
+            "dimension_numbers must be None or have reduction_axis and output_axis, or be a "
+            f"function of the leaf that returns one of these, got {numbers!r} at {path}; "
+            "optax.contrib.MuonDimensionNumbers has both"
         )
     try:
         rows, columns = _as_axes(numbers.reduction_axis), _as_axes(numbers.output_axis)

@@ -3,17 +3,22 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.alias import soap
 from soap_optax.blocks import BlockOptions, Plan, plan_of, split_complex
 from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.tools.assignment import assignment_of
 from soap_optax.transform import scale_by_soap
+
+# The arguments of `soap_adamw` alone, without `labels`.
+ONLY_OF_SOAP_ADAMW = ("adamw_learning_rate", "adamw_b1", "adamw_b2", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +30,11 @@ class ParameterDescription:
       shape: its shape.
       dtype: its dtype.
       blocks: its blocks, such as ``"4 x 384x512"``. ``"Adam"`` means no preconditioner, and
-        ``"nothing"`` a parameter without entries.
+        ``"nothing"`` a parameter without entries. Parameters of AdamW have ``"AdamW"``.
       axes: the preconditioned axes of its blocks. They are the parameter's own axes unless
         ``merge_dims`` or ``dimension_numbers`` rearrange them.
       state_bytes: its share of the optimizer's state, in bytes.
+      optimizer: ``"soap"`` or ``"adamw"``; None without ``labels``.
     """
 
     path: str
@@ -37,6 +43,7 @@ class ParameterDescription:
     blocks: str
     axes: tuple[int, ...]
     state_bytes: int
+    optimizer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +69,19 @@ class Description:
         return sum(row.state_bytes for row in self.rows) + self.shared_bytes
 
     def __str__(self) -> str:
-        table = [("parameter", "shape", "dtype", "blocks", "axes", "state bytes")]
+        table = [("parameter", "optimizer", "shape", "dtype", "blocks", "axes", "state bytes")]
         for row in self.rows:
             shape, axes = _shape_text(row.shape), ", ".join(map(str, row.axes))
-            cells = (row.path, shape, row.dtype.name, row.blocks, axes, f"{row.state_bytes:,}")
-            table.append(cells)
-        table.append(("shared", "", "", "", "", f"{self.shared_bytes:,}"))
-        table.append(("total", f"{self.entries:,}", "", "", "", f"{self.state_bytes:,}"))
+            cells = (row.path, row.optimizer or "", shape, row.dtype.name, row.blocks, axes)
+            table.append((*cells, f"{row.state_bytes:,}"))
+        table.append(("shared", "", "", "", "", "", f"{self.shared_bytes:,}"))
+        table.append(("total", "", f"{self.entries:,}", "", "", "", f"{self.state_bytes:,}"))
+        if not any(row.optimizer for row in self.rows):
+            table = [(first, *rest) for first, _, *rest in table]
         return _aligned(table)
 
 
-def describe(params: Any, **options: Any) -> Description:
+def describe(params: Any, *, labels: Any = None, **options: Any) -> Description:
     """Reports each parameter's blocks, preconditioned axes and bytes of state.
 
     Reads shapes and dtypes only, and allocates nothing. Blocks and bytes are exact: they come from
@@ -88,35 +97,72 @@ def describe(params: Any, **options: Any) -> Description:
       kernel     768x512  float32  2 x 384x512  0, 1    9,699,368
       shared                                                    8
       total      393,984                                9,705,528
+      >>> print(soap_optax.describe(params, labels=soap_optax.default_labels))
+      parameter  optimizer  shape    dtype    blocks       axes  state bytes
+      bias       adamw      768      float32  AdamW                    6,144
+      kernel     soap       768x512  float32  1 x 768x512  0, 1    9,961,492
+      shared                                                              12
+      total                 393,984                                9,967,648
 
     Args:
       params: the parameters, as arrays or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape`
         returns.
-      **options: arguments of `soap`, by name, so that one dictionary serves both. Options that do
-        not decide shapes have no effect.
+      labels: None describes `soap`. Anything else describes `soap_adamw` with these labels, such as
+        `default_labels`, and with its default for ``dimension_numbers``.
+      **options: arguments of `soap`, or of `soap_adamw`, by name, so that one dictionary serves
+        both. Options that do not decide shapes have no effect.
 
     Returns:
       A description to print, or to read row by row.
 
     Raises:
-      TypeError: for an option that `soap` does not have, and if `scale_by_soap` raises it.
-      ValueError: if `scale_by_soap` raises it.
+      TypeError: for an option that the optimizer does not have, and if the optimizer raises it.
+      ValueError: if the optimizer raises it.
     """
+    known = _defaults_and(options, {} if labels is None else ONLY_OF_SOAP_ADAMW)
+    if labels is None:
+        return _described(params, known)
+    assignment = assignment_of(params, labels, known["dimension_numbers"])
+    known["dimension_numbers"] = assignment.dimension_numbers
+    if known["precondition_frequency"] is None:  # The default of `soap_adamw`.
+        known["precondition_frequency"] = 1
+    soap_only = _described(assignment.of_soap(params), known)
+    adam = scale_by_guarded_adam(0.9, 0.95, 1e-8, known["mu_dtype"])
+    count_bytes = _bytes(jax.eval_shape(adam.init, {}))
+    soap_rows = iter(soap_only.rows)
+    rows = []
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), label in zip(leaves, jax.tree.leaves(assignment.labels), strict=True):
+        if label == "soap":
+            rows.append(dataclasses.replace(next(soap_rows), optimizer=label))
+        else:
+            state_bytes = _bytes(jax.eval_shape(adam.init, leaf)) - count_bytes
+            row = ParameterDescription(*_identity(path, leaf), "AdamW", (), state_bytes, label)
+            rows.append(row)
+    return Description(tuple(rows), soap_only.shared_bytes + count_bytes)
+
+
+def _defaults_and(options: dict[str, Any], more: Collection[str]) -> dict[str, Any]:
+    """The options given, and the defaults of `soap` for all others."""
     known = {name: option.default for name, option in inspect.signature(soap).parameters.items()}
     for name in options:
-        if name not in known:
+        if name not in known and name not in more:
             raise TypeError(
-                f"describe takes the options of soap_optax.soap, which has no {name!r}; it has "
-                + ", ".join(known)
+                f"describe takes the options of soap_optax.{'soap_adamw' if more else 'soap'}, "
+                f"which has no {name!r}; it has " + ", ".join([*known, *more])
             )
-    known |= options
-    optimizer = scale_by_soap(**{name: known[name] for name in _arguments_of(scale_by_soap)})
-    block_options = BlockOptions(**{name: known[name] for name in _arguments_of(BlockOptions)})
-    plan = plan_of(params, block_options, known["dimension_numbers"])
-    return _described(params, plan, jax.eval_shape(optimizer.init, params))
+    return known | options
 
 
-def _described(params: Any, plan: Plan, state: Any) -> Description:
+def _described(params: Any, options: dict[str, Any]) -> Description:
+    """The description of `soap` with these options."""
+    optimizer = scale_by_soap(**{name: options[name] for name in _arguments_of(scale_by_soap)})
+    block_options = BlockOptions(**{name: options[name] for name in _arguments_of(BlockOptions)})
+    plan = plan_of(params, block_options, options["dimension_numbers"])
+    return _from_plan(params, plan, jax.eval_shape(optimizer.init, params))
+
+
+def _from_plan(params: Any, plan: Plan, state: Any) -> Description:
     shares = _bytes_by_leaf(plan, state)
     blocks: list[list[str]] = [[] for _ in shares]
     axes: list[set[int]] = [set() for _ in shares]
@@ -130,9 +176,7 @@ def _described(params: Any, plan: Plan, state: Any) -> Description:
             blocks[region.leaf].append("Adam")
     rows = tuple(
         ParameterDescription(
-            path=jax.tree_util.keystr(path, simple=True, separator="/") or "(root)",
-            shape=jnp.shape(leaf),
-            dtype=jnp.result_type(leaf),
+            *_identity(path, leaf),
             blocks=" + ".join(blocks[number]) or "nothing",
             axes=tuple(sorted(axes[number])),
             state_bytes=shares[number],
@@ -142,6 +186,12 @@ def _described(params: Any, plan: Plan, state: Any) -> Description:
         )
     )
     return Description(rows, shared_bytes=_bytes(state) - sum(shares))
+
+
+def _identity(path: Sequence[Any], leaf: Any) -> tuple[str, tuple[int, ...], np.dtype]:
+    """A parameter's path, shape and dtype."""
+    name = jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "(root)"
+    return name, jnp.shape(leaf), jnp.result_type(leaf)
 
 
 def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
+
+from soap_optax.tools.dimension_numbers import entries_of
+from soap_optax.tools.paths import last_word, parts_of, words_of
 
 _EMBEDDING = re.compile(
     "embs?|embed(s|ded|der|ding|dings)?|unembed(der|ding)?|wte|wpe|vocab|vocabulary"
@@ -16,7 +18,6 @@ _POSITION = {"pos", "position", "positions", "positional"}
 _TABLE = {"bias", "code", "codes", "enc", "encoding", "encodings", "table"}
 _TOKEN = {"token", "tokens"}
 _ATTENTION = {"attend", "attention", "attn", "gqa", "mha", "mqa", "multihead", "sa"}
-_VECTOR = {"bias", "biases", "scale"}
 
 
 def default_labels(params: Any) -> Any:
@@ -25,8 +26,10 @@ def default_labels(params: Any) -> Any:
     Matrices, and arrays of more dimensions, get SOAP. These parameters get AdamW:
 
     - scalars and vectors, also with more axes of length 1, as in ``(1, 1, d)``;
-    - parameters whose own name ends in ``bias`` or ``scale``: biases of attention have two axes,
-      and so do all biases in layers that are stacked for `jax.lax.scan`;
+    - vectors with more axes: biases of attention have two, and so have all vectors of layers that
+      are stacked for `jax.lax.scan`. Their own name ends in *beta, bias, biases, gamma, offset* or
+      *scale*. A ``b`` next to a ``w`` is a vector too, and so is a ``weight`` in a layer of
+      normalization, or next to a ``bias`` of the same shape;
     - embeddings, tables of positions or tokens, and output heads, recognized by their path.
 
     A path has parts: its keys, further split at ``/`` and ``.``. Each part has words, in lower
@@ -74,16 +77,14 @@ def default_labels(params: Any) -> Any:
       The same tree with a label in place of every leaf. None and `optax.MaskedNode` are not leaves
       and stay.
     """
-    return jax.tree_util.tree_map_with_path(_label, params)
+    entries = iter(entries_of(params))
 
+    def label(path: Sequence[Any], _: Any) -> Literal["soap", "adamw"]:
+        is_vector = next(entries) is None
+        parts = [words_of(part) for part in parts_of(path)]
+        return "adamw" if is_vector or _is_table_or_head(parts) else "soap"
 
-def _label(path: Sequence[Any], leaf: Any) -> Literal["soap", "adamw"]:
-    text = jax.tree_util.keystr(tuple(_without_value(path)), simple=True, separator="/")
-    parts = [_words(part) for part in re.split("[/.]", text)]
-    is_vector = sum(length != 1 for length in np.shape(leaf)) < 2
-    if is_vector or _last(parts[-1]) in _VECTOR or _is_table_or_head(parts):
-        return "adamw"
-    return "soap"
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _is_table_or_head(parts: Sequence[Sequence[str]]) -> bool:
@@ -92,7 +93,7 @@ def _is_table_or_head(parts: Sequence[Sequence[str]]) -> bool:
         any(_EMBEDDING.fullmatch(word) or _HEAD.fullmatch(word) for word in words)
         or _is_position_table(words)
         or words == ["tok"]
-        or _last(words) in _TOKEN
+        or last_word(words) in _TOKEN
         or _is_output_head(words, before=parts[:number])
         for number, words in enumerate(parts)
     )
@@ -100,28 +101,14 @@ def _is_table_or_head(parts: Sequence[Sequence[str]]) -> bool:
 
 def _is_position_table(words: Sequence[str]) -> bool:
     only_position = len(words) == 1 and words[0] in _POSITION
-    return only_position or (_last(words) in _TABLE and not _POSITION.isdisjoint(words))
+    return only_position or (last_word(words) in _TABLE and not _POSITION.isdisjoint(words))
 
 
 def _is_output_head(words: Sequence[str], before: Sequence[Sequence[str]]) -> bool:
     suspects = [words, *before] if words == ["head"] else [words]
-    return _last(words) == "head" and not any(map(_names_attention, suspects))
+    return last_word(words) == "head" and not any(map(_names_attention, suspects))
 
 
 def _names_attention(words: Sequence[str]) -> bool:
     multi_head = {("multi", "head"), ("multi", "heads")}
     return not (_ATTENTION.isdisjoint(words) and multi_head.isdisjoint(itertools.pairwise(words)))
-
-
-def _words(part: str) -> list[str]:
-    """The words of one part of a path, in lower case: `LMHead_0` is *lm* and *head*."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-
-
-def _last(words: Sequence[str]) -> str:
-    return words[-1] if words else ""
-
-
-def _without_value(path: Sequence[Any]) -> Sequence[Any]:
-    """A path without the attribute ``value`` of the variables of `flax.nnx`."""
-    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path

@@ -127,6 +127,31 @@ def test_a_prefix_a_function_and_any_object_with_both_axes_are_equal():
     )
 
 
+def test_an_entry_may_be_a_function_of_the_leaf():
+    muon = MuonDimensionNumbers(-2, -1)
+    params = {"mlp": {"up": jnp.zeros((3, 6, 5)), "bias": jnp.zeros(5)}, "b": jnp.zeros(4)}
+    seen = []
+
+    def of_leaf(leaf: Any) -> Any:
+        seen.append(leaf.shape)
+        return muon if leaf.ndim > 1 else None
+
+    def stacks(numbers: Any) -> dict[str, tuple[int, ...]]:
+        state: Any = jax.eval_shape(scale_by_soap(dimension_numbers=numbers).init, params)
+        return {kind: stack.mu.shape for kind, stack in state.stacks.items()}
+
+    assert stacks({"mlp": of_leaf, "b": None}) == {"6x5": (3, 6, 5)}  # An entry of a subtree.
+    assert set(seen) == {(3, 6, 5), (5,)}
+    assert stacks({"mlp": {"up": of_leaf, "bias": None}, "b": of_leaf}) == {"6x5": (3, 6, 5)}
+    assert stacks(lambda tree: jax.tree.map(lambda _: of_leaf, tree)) == {"6x5": (3, 6, 5)}
+
+
+def test_a_wrong_result_of_a_function_of_the_leaf_is_named_at_init():
+    rule = r"or be a function of the leaf that returns one of these, got 'rows' at \['w'\]"
+    with pytest.raises(ValueError, match=rule):
+        scale_by_soap(dimension_numbers={"w": lambda _: "rows"}).init({"w": jnp.zeros((3, 2))})
+
+
 def test_tiles_are_cut_within_a_slice_and_a_rejected_gradient_affects_one_tile_only():
     numbers, params = MuonDimensionNumbers(1, 2), jnp.zeros((2, 8, 6))
     optimizer = scale_by_soap(dimension_numbers=numbers, block_size=4)
@@ -144,7 +169,7 @@ def test_tiles_are_cut_within_a_slice_and_a_rejected_gradient_affects_one_tile_o
         ({"w": MuonDimensionNumbers(0, 2)}, "must name axes of the parameter"),
         ({"w": MuonDimensionNumbers(0, 0)}, "none twice"),
         ({"w": MuonDimensionNumbers((), 1)}, "at least one axis on each side"),
-        ({"w": 3}, "reduction_axis and output_axis, got 3 at ['w']"),
+        ({"w": 3}, "got 3 at ['w']; optax.contrib.MuonDimensionNumbers has both"),
         ({"v": None}, "a prefix of it"),
     ],
 )

@@ -112,7 +112,7 @@ WRONG_TYPE: list[tuple[tuple[str, ...], list[Any], str, str]] = [
         "must be an integer or a schedule",
         "",
     ),
-    (("max_precond_dim",), [None, "8", 8.0, True, [8]], "must be an integer of at least 1", STATIC),
+    (("max_precond_dim",), ["8", 8.0, True, [8]], "must be an integer of at least 1", STATIC),
     (("block_size",), ["8", 8.0, True, [8]], "must be an integer of at least 2", STATIC),
     (
         ("max_precond_dim", "block_size"),

@@ -20,7 +20,7 @@ import soap_optax
 KEYWORD_ONLY = {
     "shampoo_beta": None,
     "precondition_frequency": 10,
-    "max_precond_dim": 10000,
+    "max_precond_dim": None,
     "precondition_1d": False,
     "merge_dims": False,
     "normalize_grads": False,
@@ -219,12 +219,35 @@ def test_static_arguments_of_scale_by_soap_are_all_but_the_first() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_forgetting_the_static_arguments_raises_with_the_way_out(name: str) -> None:
-    # Optax treats all numbers as hyperparameters, including the default of `max_precond_dim`.
-    injected = optax.inject_hyperparams(factory(name))(
-        **TRACED, **({"learning_rate": 0.1} if name == "soap" else {})
-    )
-    with pytest.raises(TypeError, match=r"max_precond_dim must .* static_args=soap_optax"):
+def test_defaults_need_no_static_arguments(name: str) -> None:
+    required = {"learning_rate": 0.1} if name == "soap" else {}
+    injected = optax.inject_hyperparams(factory(name))(**TRACED, **required)
+    state: Any = injected.init(PARAMS)
+    assert set(state.hyperparams) == {*TRACED, *required, *({"weight_decay"} & {*SIGNATURES[name]})}
+    plain = factory(name)(**TRACED, **required).init(PARAMS)
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(plain)
+    shapes = jax.eval_shape(injected.update, PARAMS, state, PARAMS)
+    assert jax.tree.structure(shapes) == jax.tree.structure((PARAMS, state))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("max_precond_dim", 5),
+        ("block_size", 4),
+        ("stack_multiple", 2),
+        ("mu_dtype", jnp.bfloat16),
+        ("preconditioner_dtype", jnp.bfloat16),
+    ],
+)
+def test_forgetting_the_static_arguments_raises_with_the_way_out(
+    name: str, argument: str, value: Any
+) -> None:
+    # Optax treats all numbers as hyperparameters, and all classes as schedules.
+    required = {"learning_rate": 0.1} if name == "soap" else {}
+    injected = optax.inject_hyperparams(factory(name))(**required, **{argument: value})
+    with pytest.raises(TypeError, match=rf"{argument} must .* static_args=soap_optax"):
         injected.init(PARAMS)
 
 

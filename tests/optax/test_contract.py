@@ -42,6 +42,7 @@ def clipped_soap(
 
 FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "soap": soap_optax.soap,
+    "soap_adamw": soap_optax.soap_adamw,
     "clipped_soap": clipped_soap,
 }
 
@@ -84,6 +85,7 @@ OTHER_CASES = [
         correct_bias=False,
     ),
     case("clipped_soap", learning_rate=1e-2),
+    case("soap_adamw", learning_rate=1e-2),
     # AdamW's decay. At this learning rate, 1e-2 would move the minimum beyond the tolerance.
     case("soap", ("mechanize", {"weight_decay": 0.0}), learning_rate=1.0, weight_decay=1e-4),
     case("soap", ("schedule_free", {"learning_rate": 1e-2}), learning_rate=1e-2, b1=0.0),

@@ -42,6 +42,7 @@ OPTIMIZERS = {
         preconditioner_dtype=jnp.bfloat16,
         fold_factors=True,
     ),
+    "soap_adamw": soap_optax.soap_adamw(1e-2, precondition_frequency=FREQUENCY),
     "KL factors": soap_optax.soap(1e-2, precondition_frequency=FREQUENCY, factor_estimator="kl"),
 }
 

@@ -266,6 +266,46 @@ def test_options_that_decide_no_shape_change_nothing() -> None:
     assert describe(params, block_size=6, **others) == plain
 
 
+@pytest.mark.parametrize("options", [OPTIONS["defaults"], OPTIONS["least state"]])
+@pytest.mark.parametrize("labels", [soap_optax.default_labels, lambda _: "adamw"])
+@pytest.mark.usefixtures("implicit_promotion")
+def test_with_labels_it_describes_soap_adamw(labels: Any, options: dict[str, Any]) -> None:
+    for tree in TREES.values():
+        params = shapes_of(tree)
+        description = describe(params, labels=labels, **options)
+        init = soap_optax.soap_adamw(0.1, labels=labels, **options).init
+        state = jax.tree.leaves(jax.eval_shape(init, params))
+        allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        assert description.state_bytes == allocated
+        if labels is soap_optax.default_labels:
+            wanted = jax.tree.leaves(labels(params))
+            assert [row.optimizer for row in description.rows] == wanted
+        for row in description.rows:
+            assert (row.blocks == "AdamW") == (row.optimizer == "adamw")
+
+
+def test_only_a_table_with_labels_has_a_column_for_them() -> None:
+    params = {"kernel": jnp.zeros((4, 3)), "wte": jnp.zeros((5, 4))}
+    header, *rows = cells(str(describe(params, labels=soap_optax.default_labels)).splitlines())
+    assert header[:3] == ["parameter", "optimizer", "shape"]
+    assert [row[:3] for row in rows[:2]] == [["kernel", "soap", "4x3"], ["wte", "adamw", "5x4"]]
+    assert "optimizer" not in str(describe(params))
+    assert {row.optimizer for row in describe(params).rows} == {None}
+
+
+def test_every_option_of_soap_adamw_is_taken_with_labels() -> None:
+    arguments = inspect.signature(soap_optax.soap_adamw).parameters
+    defaults = {name: arguments[name].default for name in arguments if name != "learning_rate"}
+    del defaults["labels"]
+    params = shapes_of(TREES["transformer"])
+    labels = soap_optax.default_labels
+    assert describe(params, labels=labels, **defaults) == describe(params, labels=labels)
+    with pytest.raises(TypeError, match=r"options of soap_optax.soap_adamw.*'blok_size'.*report"):
+        describe(params, labels=labels, blok_size=2)
+    with pytest.raises(TypeError, match=r"options of soap_optax.soap, which .*'adamw_b1'"):
+        describe(params, adamw_b1=0.9)
+
+
 def test_every_option_of_soap_is_taken() -> None:
     arguments = inspect.signature(soap_optax.soap).parameters
     defaults = {name: arguments[name].default for name in arguments if name != "learning_rate"}

@@ -1,0 +1,68 @@
+"""Optax's Adam with SOAP's safeguards: float32 statistics, and no gradient that is not finite."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+
+def scale_by_guarded_adam(
+    b1: ArrayLike, b2: ArrayLike, eps: ArrayLike, mu_dtype: DTypeLike | None
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, but for narrow dtypes and gradients that are not finite.
+
+    Parameters narrower than float32 have float32 moments. If any gradient, or its square, is not
+    finite, all updates are zero and the state does not change.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: number added to the square root of the second moment.
+      mu_dtype: dtype of the first moment; None, or float64, means that of the second.
+
+    Returns:
+      A transformation whose state is that of `optax.scale_by_adam`. Updates have the dtypes of the
+      gradients.
+    """
+    is_narrow = mu_dtype is not None and jnp.dtype(mu_dtype).itemsize < 8
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype if is_narrow else None)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return adam.init(jax.tree.map(_widened, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        grads = jax.tree.map(_widened, updates)
+        is_sound = _all_finite(grads)
+        new_updates, new_state = adam.update(grads, state)
+        new_updates = jax.tree.map(
+            lambda new, old: jnp.where(is_sound, new, 0).astype(jnp.result_type(old)),
+            new_updates,
+            updates,
+        )
+        return new_updates, jax.tree.map(
+            lambda new, old: jnp.where(is_sound, new, old), new_state, state
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _widened(leaf: ArrayLike) -> Array:
+    # NumPy's promotion: JAX's raises in its strict mode.
+    return jnp.asarray(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
+
+
+def _all_finite(grads: optax.Updates) -> Array:
+    """Whether all gradients and their squares are finite."""
+    sound = (jnp.all(jnp.isfinite(jnp.square(grad))) for grad in jax.tree.leaves(grads))
+    return functools.reduce(jnp.logical_and, sound, jnp.asarray(True))
