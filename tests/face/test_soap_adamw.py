@@ -172,7 +172,7 @@ def test_labels_and_numbers_that_do_not_fit_raise_at_init(
 @pytest.mark.parametrize("name", ["wte", "mlp"])
 def test_an_integer_parameter_raises_at_init_whoever_would_update_it(name: str) -> None:
     params = {**PARAMS, name: {"kernel": jnp.ones((4, 3), jnp.int32)}}
-    with pytest.raises(TypeError, match=rf"floating-point array, got int32 at \['{name}'\]"):
+    with pytest.raises(TypeError, match=rf"complex array, got int32 at \['{name}'\]"):
         soap_adamw(RATE).init(params)
 
 
