@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.cases import mostly_long
 from helpers.models import TREES, D
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
@@ -198,16 +199,21 @@ def test_it_is_the_partition_of_soap_and_adamw() -> None:
 def test_adamw_may_have_a_learning_rate_and_decays_of_its_own() -> None:
     schedule = optax.linear_schedule(0.1, 0.0, STEPS)
     own = {"adamw_learning_rate": schedule, "adamw_b1": 0.8, "adamw_b2": 0.7}
-    history, _ = run(soap_adamw(RATE, **own, weight_decay=0.1))
-    adamw = optax.adamw(schedule, b1=0.8, b2=0.7, weight_decay=0.1)
-    wanted, _ = run(by_hand(adamw=adamw))
-    plain, _ = run(soap_adamw(RATE, weight_decay=0.1))
+    history, _ = run(soap_adamw(RATE, **own))
+    adamw = optax.adamw(schedule, b1=0.8, b2=0.7, weight_decay=0.01)
+    wanted, _ = run(optax.masked(adamw, {"wte": True, "attention": False, "mlp": False}))
+    plain, _ = default_run()
     for updates, expected, others in zip(history, wanted, plain, strict=True):
-        np.testing.assert_allclose(updates["wte"]["embedding"], expected["wte"]["embedding"])
-        np.testing.assert_array_equal(updates["mlp"]["kernel"], others["mlp"]["kernel"])
+        # Two programs each, which may round differently.
+        for found, said in (
+            (updates["wte"]["embedding"], expected["wte"]["embedding"]),
+            (updates["mlp"]["kernel"], others["mlp"]["kernel"]),
+        ):
+            np.testing.assert_allclose(found, said, rtol=1e-4, atol=1e-6)
     assert not np.allclose(history[0]["wte"]["embedding"], plain[0]["wte"]["embedding"])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_a_schedule_and_a_mask_are_those_of_both() -> None:
     schedule = optax.linear_schedule(RATE, 0.0, STEPS)
@@ -267,6 +273,7 @@ def test_dimension_numbers_may_be_a_function_a_tree_or_none_of_them() -> None:
     assert merged == (["64"], 3)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_refreshes_may_be_those_of_soap() -> None:
     _, state = run(soap_adamw(RATE, precondition_frequency=50, refresh_order="before_gradient"))
@@ -461,7 +468,18 @@ def test_it_compiles_once_and_runs_in_a_scan() -> None:
 
 
 @pytest.mark.usefixtures("implicit_promotion")
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        TREES,
+        [
+            "Linen mixture of experts, scanned",
+            "Linen U-Net",
+            "NNX transformer, stacked by vmap",
+            "Haiku",
+        ],
+    ),
+)
 def test_gradients_of_a_model_get_what_its_parameters_got(name: str) -> None:
     params = TREES[name]()
     reports: list[Description] = []
