@@ -219,7 +219,8 @@ def test_sharded_updates_equal_those_of_one_device(kind: Any, hinted: bool) -> N
     found, _ = run(jax.jit(sharded.update), sharded.init(placed[0]), placed)
     wanted, _ = run(update_of(), soap_optax.scale_by_soap().init(grads[0]), grads)
     assert_close(found[-1], wanted[-1])
-    assert found[-1]["orbitals"][0].sharding.is_equivalent_to(shardings["orbitals"], 2)
+    if hinted or kind is EXPLICIT:  # Without a hint, XLA picks the sharding of results.
+        assert found[-1]["orbitals"][0].sharding.is_equivalent_to(shardings["orbitals"], 2)
     assert set(seen) == ({np.dtype(np.complex128)} if hinted else set())
 
 
