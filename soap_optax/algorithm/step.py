@@ -88,7 +88,9 @@ def step_block(
     bases = [basis.astype(grad.dtype) for basis in state.bases]
     if rotated_grad is None:
         rotated_grad = rotate(grad, bases, axes, hyper.precision)  # G'
-    averaged = applied & ~has_started(state, hyper)
+    averaged = applied
+    if hyper.first_update == "apply":
+        averaged &= ~has_started(state)
     mu, nu = average_moments(state.mu, state.nu, rotated_grad, averaged, hyper)  # M', V'
     estimate = second_moment.estimate(nu)
     if hyper.first_update == "apply" and isinstance(nu, tuple):
@@ -112,16 +114,14 @@ def update_number(accepted_gradients: Array, hyper: Hyperparameters) -> Array:
       accepted_gradients: the number of gradients accepted before this one.
       hyper: the numbers of the step.
     """
-    return accepted_gradients + int(hyper.first_update == "apply")
+    return accepted_gradients + 1 if hyper.first_update == "apply" else accepted_gradients
 
 
-def has_started(state: StackState, hyper: Hyperparameters) -> Array:
-    """Whether the moments of a block already contain its first gradient, a boolean scalar.
+def has_started(state: StackState) -> Array:
+    """Whether the moments of a block already contain this gradient, its first, a boolean scalar.
 
     They do not if the first bases were rejected: the first update is then Adam's.
     """
-    if hyper.first_update == "zero":
-        return jnp.zeros_like(state.refreshes, dtype=bool)
     return (state.accepted_gradients == 0) & (state.refreshes > 0)
 
 

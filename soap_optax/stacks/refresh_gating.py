@@ -127,23 +127,23 @@ def _refresh_blocks(
         rule = replace(rule, tolerance=tolerance)
 
     def refresh(
-        factors: tuple[Array, ...], state: EigenbasisState, number: Array
+        factors: tuple[Array, ...], state: EigenbasisState, first: FirstGradient | None
     ) -> EigenbasisState:
         wide = tuple(
             unfolded(factor, d).astype(dtype) for factor, d in zip(factors, lengths, strict=True)
         )
-        of_block = None
-        if first is not None:
-            of_block = replace(first, grad=first.grad[number], is_first=first.is_first[number])
-        return algorithm.refresh(state, wide, axes, rule, of_block)
+        return algorithm.refresh(state, wide, axes, rule, first)
 
     def refresh_block_if_due(
         states: EigenbasisState, block: tuple[Array, Array, tuple[Array, ...]]
     ) -> tuple[EigenbasisState, None]:
         number, due, factors = block
         state = jax.tree.map(lambda stack: stack[number], states)
+        of_block = first
+        if first is not None:
+            of_block = replace(first, grad=first.grad[number], is_first=first.is_first[number])
         state = lax.cond(
-            due, refresh, lambda _factors, state, _number: state, factors, state, number
+            due, refresh, lambda _factors, state, _first: state, factors, state, of_block
         )
         return jax.tree.map(lambda stack, new: stack.at[number].set(new), states, state), None
 

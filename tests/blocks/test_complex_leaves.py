@@ -145,6 +145,7 @@ def test_splitting_and_joining_are_inverse_for_arrays_numbers_and_shapes() -> No
 # Training -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("implicit_promotion")  # For Optax's Adam.
 def test_a_complex_model_trains_as_with_adamw() -> None:
     rng = np.random.default_rng(0)
     inputs, targets, start = (
