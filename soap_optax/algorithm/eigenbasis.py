@@ -130,7 +130,7 @@ def _first_bases(
     axes: Sequence[int], state: EigenbasisState, factors: Sequence[Array]
 ) -> RefreshedBases:
     """The exact eigenvectors of the factors."""
-    bases = _over_axes(descending_eigenvectors, factors)
+    bases = over_axes(descending_eigenvectors, factors)
     return _with_moments(axes, state, [NewBasis(basis, jnp.arange(len(basis))) for basis in bases])
 
 
@@ -172,7 +172,7 @@ def _refresh_fully(
     factors: Sequence[Array],
     products: Sequence[Array],
 ) -> RefreshedBases:
-    return _with_moments(axes, state, _over_axes(METHODS[method], factors, state.bases, products))
+    return _with_moments(axes, state, over_axes(METHODS[method], factors, state.bases, products))
 
 
 def _refresh_partly(
@@ -214,7 +214,7 @@ def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tu
     return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
 
 
-def _over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
+def over_axes(function: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
     """Calls a function for every axis of a block.
 
     On accelerators, where decompositions compile slowly, axes of the same length share one program.

@@ -14,6 +14,7 @@ from soap_optax.linalg.decoupling import (
     with_unit_vectors,
     zero_rows,
 )
+from soap_optax.linalg.matrix_powers import inverse_power
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
     is_orthonormal,
@@ -33,6 +34,7 @@ __all__ = [
     "folded_like",
     "folded_shape",
     "gram_matrix",
+    "inverse_power",
     "is_orthonormal",
     "largest_magnitude",
     "matmul",
