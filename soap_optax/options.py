@@ -23,11 +23,11 @@ from soap_optax.blocks import BlockOptions
 from soap_optax.devices import Layout
 from soap_optax.schedules import Frequency, frequency_at
 from soap_optax.stacks import (
+    SOAP,
     Equations,
     RefreshOrder,
     RefreshTiming,
     ShampooEquations,
-    SoapEquations,
     StepSettings,
     StorageOptions,
 )
@@ -47,7 +47,7 @@ class Structure:
     stack_sharding: NamedSharding | None
     stack_multiple: int | None
     param_shardings: Any
-    equations: Equations = SoapEquations()
+    equations: Equations = SOAP
 
     def layout_of(self, tree: Any, statistics: Sequence[DTypeLike] | None = None) -> Layout:
         """The plan of parameters or gradients and their layout on devices, checked.
@@ -104,7 +104,7 @@ class StepOptions:
     @property
     def equations(self) -> Equations:
         """The equations of the blocks."""
-        return SoapEquations()
+        return SOAP
 
     def _hyper_in(self, dtype: str) -> Hyperparameters:
         shampoo_beta = self.b2 if self.shampoo_beta is None else self.shampoo_beta

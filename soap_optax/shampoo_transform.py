@@ -17,7 +17,7 @@ from soap_optax.stacks import RefreshOrder, ShampooEquations, StorageOptions
 from soap_optax.transform import transformation
 
 
-def scale_by_shampoo(
+def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-12,

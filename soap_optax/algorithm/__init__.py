@@ -7,7 +7,6 @@ meshes, or when a refresh is due.
 """
 
 from soap_optax.algorithm.eigenbasis import EigenbasisState, RefreshRule, refresh
-from soap_optax.algorithm.inverse_root import RootRule, RootState, refresh_roots
 from soap_optax.algorithm.kl_factors import (
     INITIAL_EIGENVALUE,
     FactorEstimator,
@@ -21,6 +20,7 @@ from soap_optax.algorithm.kl_factors import (
     rotations_by_others,
 )
 from soap_optax.algorithm.refresh_methods import RefreshMethod
+from soap_optax.algorithm.roots import RootRule, RootState, inverse_root, refresh_roots
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
 from soap_optax.algorithm.shampoo import (
     WITH_SECOND_MOMENT,
@@ -59,6 +59,7 @@ __all__ = [
     "average_factor",
     "average_moments",
     "bias_correction",
+    "inverse_root",
     "inverse_roots",
     "is_acceptable",
     "is_whitenable",

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import PrecisionLike
 
-from soap_optax.algorithm.inverse_root import default_exponent
 from soap_optax.algorithm.kl_factors import LARGEST_INVERSE_ROOT
+from soap_optax.algorithm.roots import default_exponent
 from soap_optax.algorithm.step import (
     Hyperparameters,
     adam_direction,
@@ -33,7 +33,7 @@ from soap_optax.algorithm.step import (
     rotate,
     rotate_back,
 )
-from soap_optax.linalg import multiply_along
+from soap_optax.linalg import frobenius_norm, multiply_along
 from soap_optax.state import ShampooStackState
 
 Grafting = Literal["adam", "rmsprop", "sgd"]
@@ -89,7 +89,7 @@ def step_block(
     else:
         assert isinstance(nu, Array)
         grafted = grafting_direction(grad, mu, nu, state.accepted_gradients, hyper)  # A
-        scale = _ratio(norm(grafted), norm(direction))
+        scale = _ratio(frobenius_norm(grafted), frobenius_norm(direction))
     update = direction * scale
     is_finite = jnp.all(jnp.isfinite(update))
     return jnp.where(applied & is_finite, update, 0), state._replace(
@@ -134,16 +134,6 @@ def grafting_direction(
     if hyper.grafting == "rmsprop":  # Adam without a first moment.
         mu, hyper = grad, replace(hyper, b1=_zero(hyper))
     return adam_direction(mu, nu, hyper) * bias_correction(applied_update, hyper)
-
-
-def norm(x: Array) -> Array:
-    """The Frobenius norm, a scalar; no square overflows or underflows."""
-    largest = jnp.max(jnp.abs(x))
-    is_zero = ~(largest > 0)
-    safe = jnp.where(is_zero, 1, largest)
-    square = jnp.sum(jnp.square(x / safe))
-    # The root of 0 has no finite derivative.
-    return jnp.where(is_zero, 0, safe * jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def _ratio(wanted: Array, found: Array) -> Array:

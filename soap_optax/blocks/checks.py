@@ -154,8 +154,8 @@ def check_state(state: Any, expected: PreconditionerState) -> PreconditionerStat
                 "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
                 "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
                 "(which is the number of shards of stack_sharding where it is not given), "
-                "one_sided, factored, fold_factors, factor_estimator, grafting changed after init; undo the "
-                "change, or call init again for a new state"
+                "one_sided, factored, fold_factors, factor_estimator, grafting changed after init; "
+                "undo the change, or call init again for a new state"
             )
     return state
 

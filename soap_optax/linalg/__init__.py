@@ -17,6 +17,7 @@ from soap_optax.linalg.decoupling import (
 from soap_optax.linalg.matrix_powers import inverse_power
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
+    frobenius_norm,
     is_orthonormal,
     largest_magnitude,
     nearest_orthonormal,
@@ -33,6 +34,7 @@ __all__ = [
     "descending_eigenvectors",
     "folded_like",
     "folded_shape",
+    "frobenius_norm",
     "gram_matrix",
     "inverse_power",
     "is_orthonormal",

@@ -28,8 +28,9 @@ def inverse_power(
       Higham, Functions of Matrices, 2008, theorem 3.11, for the derivative.
     """
     del matrix
-    # Half of the power on each side: the product is symmetric positive.
-    return gram_matrix(vectors * jnp.maximum(values + shift, floor) ** (-exponent / 2), 0)
+    # Half of the power on each side: the product is positive, and symmetric up to rounding.
+    power = gram_matrix(vectors * jnp.maximum(values + shift, floor) ** (-exponent / 2), 0)
+    return (power + power.T) / 2
 
 
 @inverse_power.defjvp

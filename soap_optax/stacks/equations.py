@@ -148,6 +148,9 @@ class SoapEquations:
         return update, new._replace(eigenvalues=eigenvalues)
 
 
+SOAP = SoapEquations()
+
+
 def initial_factors(group: Group, storage: StorageOptions) -> tuple[Array, ...]:
     """Factors of zeros, folded or not."""
     narrow = narrower(storage.preconditioner_dtype, group.dtype)

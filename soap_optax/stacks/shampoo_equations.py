@@ -17,7 +17,7 @@ from soap_optax.algorithm import (
 )
 from soap_optax.blocks import Group
 from soap_optax.stacks import factors
-from soap_optax.stacks.equations import identities, initial_eigenvalues, initial_factors
+from soap_optax.stacks.equations import identities, initial_factors
 from soap_optax.stacks.storage import StorageOptions, narrower
 from soap_optax.state import ScaleByShampooState, ShampooStackState
 
