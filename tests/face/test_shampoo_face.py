@@ -206,7 +206,7 @@ def test_paths_and_dtypes_of_the_state_read_well() -> None:
 
 def test_the_reference_lists_every_argument_with_its_default() -> None:
     page = pathlib.Path(__file__).parents[2] / "docs" / "reference.md"
-    section = page.read_text().partition("### Options of shampoo\n")[2].partition("\n## ")[0]
+    section = page.read_text().partition("## Options of shampoo\n")[2].partition("\n## ")[0]
     rows = [re.split(r"\s*\|\s*", row.strip("| ")) for row in re.findall("^\\| `.*", section, re.M)]
     soap = inspect.signature(soap_optax.soap).parameters
     different = {
