@@ -84,6 +84,12 @@ def check_shampoo(**arguments: Any) -> None:
     for name, value in arguments.items():
         (_CHECKS | _SHAMPOO_CHECKS)[name](name, value)
     _check_pairs({"refresh_tolerance": None, **arguments})
+    if arguments["factor_estimator"] == "gram" and arguments["refresh"] != "eigh":
+        raise ValueError(
+            "refresh must be 'eigh' where factor_estimator is 'gram', got "
+            f"{arguments['refresh']!r}: inverse roots come from an eigendecomposition; drop "
+            "refresh, or choose factor_estimator='kl', which has bases"
+        )
 
 
 def check_transform(**arguments: Any) -> None:

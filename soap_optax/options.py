@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import blocks, devices, stacks
 from soap_optax.algorithm import (
+    FactorEstimator,
     Grafting,
     Hyperparameters,
     RefreshMethod,
@@ -126,11 +127,12 @@ class ShampooStepOptions(StepOptions):
     factor_eps: ArrayLike
     exponent: ArrayLike | None
     grafting: Grafting | None
+    factor_estimator: FactorEstimator
 
     @property
     def equations(self) -> Equations:
         """The equations of the blocks."""
-        return ShampooEquations(self.grafting)
+        return ShampooEquations(self.grafting, self.factor_estimator)
 
     def _hyper_in(self, dtype: str) -> ShampooHyperparameters:
         shared = super()._hyper_in(dtype)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.algorithm import Grafting
+from soap_optax.algorithm import FactorEstimator, Grafting, RefreshMethod
 from soap_optax.schedules import Frequency
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.stacks import RefreshOrder
@@ -27,11 +27,13 @@ SHAMPOO_STATIC_ARGS = (
     "stack_sharding",
     "stack_multiple",
     "param_shardings",
+    "refresh",
     "refresh_order",
     "stagger",
     "one_sided",
     "preconditioner_dtype",
     "fold_factors",
+    "factor_estimator",
     "precision",
 )
 """Arguments of `shampoo` that must not be traced, for `optax.inject_hyperparams(static_args=...)`.
@@ -63,11 +65,13 @@ def shampoo(  # noqa: D417  # `scale_by_shampoo` documents the other arguments.
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
     param_shardings: Any | Callable[[Any], Any] | None = None,
+    refresh: RefreshMethod = "eigh",
     refresh_order: RefreshOrder = "after_gradient",
     stagger: bool = False,
     one_sided: bool = False,
     preconditioner_dtype: DTypeLike | None = None,
     fold_factors: bool = False,
+    factor_estimator: FactorEstimator = "gram",
     precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo with decoupled weight decay: inverse roots of the gradients' Kronecker factors.
@@ -136,11 +140,13 @@ def shampoo(  # noqa: D417  # `scale_by_shampoo` documents the other arguments.
             stack_sharding=stack_sharding,
             stack_multiple=stack_multiple,
             param_shardings=param_shardings,
+            refresh=refresh,
             refresh_order=refresh_order,
             stagger=stagger,
             one_sided=one_sided,
             preconditioner_dtype=preconditioner_dtype,
             fold_factors=fold_factors,
+            factor_estimator=factor_estimator,
             precision=precision,
         ),
         optax.add_decayed_weights(weight_decay, mask),

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
-from soap_optax.algorithm import Grafting
+from soap_optax.algorithm import FactorEstimator, Grafting, RefreshMethod
 from soap_optax.blocks import BlockOptions
 from soap_optax.options import ShampooStepOptions, Structure
 from soap_optax.schedules import Frequency
@@ -37,11 +37,13 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     stack_sharding: NamedSharding | None = None,
     stack_multiple: int | None = None,
     param_shardings: Any | Callable[[Any], Any] | None = None,
+    refresh: RefreshMethod = "eigh",
     refresh_order: RefreshOrder = "after_gradient",
     stagger: bool = False,
     one_sided: bool = False,
     preconditioner_dtype: DTypeLike | None = None,
     fold_factors: bool = False,
+    factor_estimator: FactorEstimator = "gram",
     precision: PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by Shampoo: inverse roots of the gradients' Kronecker factors.
@@ -104,13 +106,20 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
       grafting_eps: positive number added to the root of the second moment, of grafting and of
         parameters without a preconditioner, before bias correction; the ``eps`` of `scale_by_soap`.
       correct_bias: whether to correct for the start at zero of both moments and of the factors.
-      preconditioner_dtype: dtype in which factors and roots are stored, such as bfloat16, as for
+      preconditioner_dtype: dtype in which factors, and roots or bases, are stored, as for
         `scale_by_soap`.
+      refresh: with ``factor_estimator="kl"``, how a basis follows its factor, as for
+        `scale_by_soap`. Roots always come from ``"eigh"``.
       refresh_order: ``"after_gradient"`` computes roots from factors with the step's gradient, as
         in the original paper; ``"before_gradient"`` from factors without it, as SOAP does.
-      precision: precision of the products with roots, as in `jax.lax.dot`. None means the default
-        of the platform, or of ``jax.default_matmul_precision``. Factors and roots always use the
-        highest precision.
+      factor_estimator: which matrix a gradient adds to a factor. ``"gram"``: its Gram matrix.
+        ``"kl"``: its Gram matrix, whitened by estimates of the other factors' eigenvalues, as in
+        KL-Shampoo (Lin et al., 2025). The state then has bases and these estimates :math:`\lambda`
+        in place of roots, and :math:`P_L = Q_L (\lambda_L + \varepsilon)^{-p} Q_L^\top`. The
+        paper's method has an exponent of 1/2 and a grafting of None.
+      precision: precision of the products with roots or bases, as in `jax.lax.dot`. None means the
+        default of the platform, or of ``jax.default_matmul_precision``. Factors and refreshes
+        always use the highest precision.
 
     All other arguments are those of `scale_by_soap`.
 
@@ -127,6 +136,9 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
       Anil et al., `Scalable Second Order Optimization for Deep Learning
       <https://arxiv.org/abs/2002.09018>`_, 2020, for grafting
 
+      Lin et al., `Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization
+      <https://arxiv.org/abs/2509.03378>`_, 2025, for KL factors
+
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024, for the comparison with SOAP
     """
@@ -136,11 +148,13 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
             max_precond_dim, precondition_1d, merge_dims, block_size, one_sided
         ),
         dimension_numbers=dimension_numbers,
-        storage=StorageOptions(mu_dtype, preconditioner_dtype, fold_factors, factored=False),
+        storage=StorageOptions(
+            mu_dtype, preconditioner_dtype, fold_factors, False, factor_estimator
+        ),
         stack_sharding=stack_sharding,
         stack_multiple=stack_multiple,
         param_shardings=param_shardings,
-        equations=ShampooEquations(grafting),
+        equations=ShampooEquations(grafting, factor_estimator),
     )
     options = ShampooStepOptions(
         b1=b1,
@@ -153,10 +167,11 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
         frequency=precondition_frequency,
         refresh_order=refresh_order,
         stagger=stagger,
-        refresh="eigh",
+        refresh=refresh,
         refresh_tolerance=None,
         factor_eps=eps,
         exponent=exponent,
         grafting=grafting,
+        factor_estimator=factor_estimator,
     )
     return transformation(structure, options)

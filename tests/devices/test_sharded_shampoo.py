@@ -37,6 +37,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "stack_multiple": 24,
     },
     "no grafting": {"grafting": None, "refresh_order": "before_gradient", "fold_factors": True},
+    "kl": {
+        "factor_estimator": "kl",
+        "refresh": "qr",
+        "fold_factors": True,
+        "block_size": 6,
+        "stagger": True,
+        "exponent": 0.5,
+        "grafting": None,
+    },
     "narrow": {"mu_dtype": jnp.float32, "preconditioner_dtype": jnp.float32, "grafting": "sgd"},
 }
 CASES = [
@@ -51,7 +60,7 @@ def draw(step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), mostly_long(CASES, short=["tiles of layers-auto", "default-explicit"])
+    ("name", "kind"), mostly_long(CASES, short=["kl-auto", "default-explicit"])
 )
 def test_sharded_updates_equal_those_of_one_device(name: str, kind: Any) -> None:
     mesh = mesh_of("4x2", kind)

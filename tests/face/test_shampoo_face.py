@@ -33,11 +33,13 @@ KEYWORD_ONLY: dict[str, Any] = {
     "stack_sharding": None,
     "stack_multiple": None,
     "param_shardings": None,
+    "refresh": "eigh",
     "refresh_order": "after_gradient",
     "stagger": False,
     "one_sided": False,
     "preconditioner_dtype": None,
     "fold_factors": False,
+    "factor_estimator": "gram",
     "precision": None,
 }
 SIGNATURES: dict[str, dict[str, Any]] = {
@@ -72,11 +74,13 @@ OTHERS: dict[str, Any] = {
     "stack_sharding": NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data")),
     "stack_multiple": 4,
     "param_shardings": NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec()),
+    "refresh": "qr",
     "refresh_order": "before_gradient",
     "stagger": True,
     "one_sided": True,
     "preconditioner_dtype": jnp.bfloat16,
     "fold_factors": True,
+    "factor_estimator": "kl",
     "precision": "highest",
 }
 TRACED = {
@@ -161,6 +165,9 @@ def test_every_other_argument_may_be_injected_in_one_program() -> None:
         ("shampoo_beta", -0.1, ValueError, r"shampoo_beta must be in \[0, 1\)"),
         ("precondition_frequency", 0, ValueError, "precondition_frequency must be at least 1"),
         ("block_size", 20000, ValueError, r"block_size must be at most max_precond_dim \(10000\)"),
+        ("refresh", "qr", ValueError, "refresh must be 'eigh' where factor_estimator is 'gram'"),
+        ("refresh", "newton", ValueError, "refresh must be one of 'qr', "),
+        ("factor_estimator", "KL", ValueError, "factor_estimator must be one of 'gram', 'kl', go"),
         ("refresh_order", None, TypeError, "refresh_order must be one of"),
         ("param_shardings", lambda _: None, ValueError, "must be None where stack_sharding is"),
         ("stack_sharding", "data", TypeError, "stack_sharding must be None or a NamedSharding"),
