@@ -126,7 +126,7 @@ def test_options_that_change_no_equation_change_no_result(options: dict[str, Any
 def test_every_refresh_method_follows_the_factors(method: Any) -> None:
     grads = gradients((40, 12), steps=60).astype(np.float32)
     optimizer: Any = soap_optax.scale_by_shampoo(
-        factor_estimator="kl", precondition_frequency=1, refresh=method, shampoo_beta=0.8
+        factor_estimator="kl", precondition_frequency=1, refresh=method, shampoo_beta=0.9
     )
     update, state = jax.jit(optimizer.update), optimizer.init(grads[0])
     for grad in grads:
@@ -135,7 +135,7 @@ def test_every_refresh_method_follows_the_factors(method: Any) -> None:
     stack = state.stacks["40x12"]
     assert (stack.refreshes.tolist(), stack.rejected_refreshes.tolist()) == ([59], [0])
     scalars = soap_optax.diagnostics(state)
-    assert float(scalars["shampoo/40x12/off_diagonal_mass"]) < 0.1
+    assert float(scalars["shampoo/40x12/off_diagonal_mass"]) < 0.2
     assert float(scalars["shampoo/40x12/departure_from_orthonormality"]) < 3.5e-4
     # An estimate belongs to its column: it is near the Rayleigh quotient there.
     for factor, basis, estimates in zip(stack.factors, stack.bases, stack.eigenvalues, strict=True):
