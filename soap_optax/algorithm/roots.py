@@ -17,6 +17,7 @@ from soap_optax.linalg import (
     descending_eigenvectors,
     inverse_power,
     is_orthonormal,
+    largest_magnitude,
     matmul,
     rayleigh_quotients,
 )
@@ -128,13 +129,15 @@ def inverse_root(
       exponent: the root is the power of minus this number, a scalar.
       uncertainty: eigenvalues of the damped factor below this share of the factor's largest are
         rounding errors, and are raised to it.
-      most_negative: an eigenvalue below minus this share of the largest is no rounding error. The
-        factor is then not positive.
+      most_negative: an eigenvalue below minus this share of the largest is no rounding error, and
+        neither is a larger difference from symmetry. The factor is then not symmetric positive.
     """
     vectors = lax.stop_gradient(descending_eigenvectors(factor))
     values = lax.stop_gradient(rayleigh_quotients(matmul(factor, vectors), vectors))
     largest = jnp.max(jnp.abs(values))
     root = inverse_power(factor, vectors, values, eps, uncertainty * largest, exponent)
     is_positive = jnp.min(values) >= -most_negative * largest
+    asymmetry = largest_magnitude(factor - factor.T)
+    is_symmetric = asymmetry <= most_negative * largest_magnitude(factor)
     is_finite = jnp.all(jnp.isfinite(factor)) & jnp.all(jnp.isfinite(root))
-    return InverseRoot(root, is_finite & is_positive & is_orthonormal(vectors))
+    return InverseRoot(root, is_finite & is_symmetric & is_positive & is_orthonormal(vectors))

@@ -53,7 +53,7 @@ def test_kl_shampoo_equals_the_reference_for_sixty_steps(
     shape: reference.Shape, frequency: int
 ) -> None:
     grads = gradients(shape, STEPS)
-    options = PAPERS | {"precondition_frequency": frequency}
+    options: dict[str, Any] = PAPERS | {"precondition_frequency": frequency}
     directions, stack = library_run(grads, **options)
     expected, state = kl_shampoo_reference.run_in_tiles(grads, Options(**options), None)
     assert_close(directions, expected)

@@ -221,13 +221,13 @@ def test_exponent_one_half_on_a_full_rank_quadratic_is_newtons_direction() -> No
     factors = [sum(g @ g.T for g in grads) / 20, sum(g.T @ g for g in grads) / 20]
     weights = rng.normal(size=(5, 4))
     grad = jnp.asarray(left @ weights @ right)
-    optimizer = soap_optax.scale_by_shampoo(
+    optimizer: Any = soap_optax.scale_by_shampoo(
         b1=0.0, exponent=0.5, grafting=None, correct_bias=False, refresh_order="before_gradient"
     )
     _, state = optimizer.update(grad, optimizer.init(grad))
-    stack = state.stacks["5x4_float64"]  # pyright: ignore[reportAttributeAccessIssue]  # a tree
+    stack = state.stacks["5x4_float64"]
     stack = stack._replace(factors=tuple(jnp.asarray(factor)[None] for factor in factors))
-    state = state._replace(stacks={"5x4_float64": stack})  # pyright: ignore[reportAttributeAccessIssue]
+    state = state._replace(stacks={"5x4_float64": stack})
     update, _ = optimizer.update(grad, state)
     scale = 20 / (np.linalg.norm(left) * np.linalg.norm(right))
     np.testing.assert_allclose(update, scale * weights, rtol=1e-10, atol=1e-12)
@@ -246,7 +246,7 @@ def test_with_grafting_every_block_has_the_norm_of_adams_update(options: dict[st
     grads = random_grads([(8, 6), (5, 9)], seed=5)
     grafted = compile_run(**options)(grads)
     shared = {name: options[name] for name in ("b1", "b2", "correct_bias") if name in options}
-    adam = soap_optax.scale_by_soap(
+    adam: Any = soap_optax.scale_by_soap(
         eps=options.get("grafting_eps", 1e-8), max_precond_dim=1, **shared
     )
     state = adam.init({name: leaf[0] for name, leaf in grads.items()})
@@ -262,7 +262,7 @@ def test_with_grafting_every_block_has_the_norm_of_adams_update(options: dict[st
 def test_parameters_without_a_preconditioner_get_adam() -> None:
     grads = random_grads([(6,), (), (9, 9)], seed=6)
     found = compile_run(max_precond_dim=8, grafting="sgd")(grads)
-    adam = soap_optax.scale_by_soap(max_precond_dim=1)
+    adam: Any = soap_optax.scale_by_soap(max_precond_dim=1)
     state = adam.init({name: leaf[0] for name, leaf in grads.items()})
     for call in range(3):
         expected, state = adam.update({name: leaf[call] for name, leaf in grads.items()}, state)
@@ -326,7 +326,7 @@ def test_derivatives_through_updates_agree_with_central_differences(name: str) -
         if name in options:
             options[name] = number
         rate = number if name == "learning rate" else 0.1
-        optimizer = soap_optax.scale_by_shampoo(**options)
+        optimizer: Any = soap_optax.scale_by_shampoo(**options)
         first, target = jnp.asarray(grads[0]), jnp.asarray(grads[1])
 
         def step(carry: Any, noise: jax.Array) -> tuple[Any, None]:

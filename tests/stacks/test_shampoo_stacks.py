@@ -91,12 +91,13 @@ def test_an_unacceptable_gradient_changes_nothing_of_its_block_but_a_counter(
         np.testing.assert_array_equal(found[1], good_leaf[1])
 
 
-# A negative eigenvalue far beyond rounding, by its size relative to the largest, 2.
+# The last three differ from a symmetric positive matrix by far more than rounding.
 UNSOUND = {
     "nan": np.full((6, 6), np.nan),
     "infinity": np.diag([np.inf, 1, 1, 1, 1, 1]),
     "negative": -np.eye(6),
     "slightly indefinite": np.diag([2, 1, 1, 1, 1, -0.01]),
+    "not symmetric": np.diag([2, 1, 1, 1, 1, 1]) + 0.01 * np.eye(6, k=1),
 }
 
 
