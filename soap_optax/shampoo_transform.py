@@ -68,11 +68,12 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     ``max_precond_dim``. Parameters without such an axis get Adam, and so do scalars, and vectors
     unless ``precondition_1d``.
 
-    The first update is zero: the first gradient only fills the factors, as in `scale_by_soap`. A
-    gradient that is not finite, or whose sum of squares would overflow, is rejected: its block gets
-    a zero update, keeps its state, and the state counts the rejection. A refresh is rejected, and
-    counted, if a factor or its root is not finite, or a factor is not symmetric positive. The old
-    roots then stay. A row or column without any gradient gets an update of exactly zero.
+    The first update is zero: the first gradient only fills the factors, as in `scale_by_soap` by
+    default. A gradient that is not finite, or whose sum of squares would overflow, is rejected: its
+    block gets a zero update, keeps its state, and the state counts the rejection. A refresh is
+    rejected, and counted, if a factor or its root is not finite, or a factor is not symmetric
+    positive. The old roots then stay. A row or column without any gradient gets an update of
+    exactly zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax

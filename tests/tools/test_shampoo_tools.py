@@ -43,6 +43,8 @@ def test_describe_names_the_options_and_the_optimizers_that_it_takes() -> None:
     for other in (optax.adamw, soap_optax.shampoo(0.1), None, []):
         with pytest.raises(ValueError, match=r"optimizer must be soap_optax\.soap or .*the func"):
             soap_optax.describe(PARAMS, optimizer=other)  # pyright: ignore[reportArgumentType]  # on purpose
+    with pytest.raises(ValueError, match=r"labels must be None where optimizer is .*\.shampoo"):
+        soap_optax.describe(PARAMS, optimizer=soap_optax.shampoo, labels="soap")
 
 
 def test_diagnostics_measure_roots() -> None:
