@@ -148,6 +148,14 @@ def test_every_other_argument_may_be_injected_in_one_program() -> None:
     assert update._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
 
 
+def test_the_defaults_are_injected_without_static_arguments() -> None:
+    optimizer = optax.inject_hyperparams(soap_optax.shampoo)(learning_rate=0.1)
+    state: Any = optimizer.init(PARAMS)
+    traced = "b1 b2 eps grafting_eps learning_rate precondition_frequency weight_decay"
+    assert sorted(state.hyperparams) == traced.split()
+    jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "error", "rule"),
     [
