@@ -1,10 +1,19 @@
-"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner, for Optax."""
+"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner, and Shampoo, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.hyperball import hyperball
 from soap_optax.partitioned import soap_adamw
 from soap_optax.schedules import thinning_frequency
-from soap_optax.state import AdamState, HyperballState, ScaleBySoapState, StackState
+from soap_optax.shampoo_alias import SHAMPOO_STATIC_ARGS, shampoo
+from soap_optax.shampoo_transform import scale_by_shampoo
+from soap_optax.state import (
+    AdamState,
+    HyperballState,
+    ScaleByShampooState,
+    ScaleBySoapState,
+    ShampooStackState,
+    StackState,
+)
 from soap_optax.tools import (
     Description,
     ParameterDescription,
@@ -20,12 +29,15 @@ from soap_optax.transform import scale_by_soap
 __version__ = "0.1.0"
 
 __all__ = [
+    "SHAMPOO_STATIC_ARGS",
     "STATIC_ARGS",
     "AdamState",
     "Description",
     "HyperballState",
     "ParameterDescription",
+    "ScaleByShampooState",
     "ScaleBySoapState",
+    "ShampooStackState",
     "StackState",
     "check_checkpoint",
     "default_dimension_numbers",
@@ -33,7 +45,9 @@ __all__ = [
     "describe",
     "diagnostics",
     "hyperball",
+    "scale_by_shampoo",
     "scale_by_soap",
+    "shampoo",
     "soap",
     "soap_adamw",
     "state_shardings",

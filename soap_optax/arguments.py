@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, get_args
 
 from soap_optax import value_checks
-from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
+from soap_optax.algorithm import FactorEstimator, FirstUpdate, Grafting, RefreshMethod
 from soap_optax.blocks import DEFAULT_MAX_PRECOND_DIM
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
@@ -69,6 +69,16 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
+_SHAMPOO_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "eps": partial(
+        value_checks.check_eps, default="1e-12", why="a factor may have no inverse root"
+    ),
+    "grafting_eps": value_checks.check_eps,
+    "exponent": value_checks.check_exponent,
+    "grafting": partial(value_checks.check_choice, choices=get_args(Grafting), is_optional=True),
+}
+
+
 def check_alias(**arguments: Any) -> None:
     """Raises if an argument that only `soap` has is out of range."""
     for name, value in arguments.items():
@@ -96,6 +106,19 @@ def check_left_to_default_dimension_numbers(**flags: bool) -> None:
                 f"{name} must be False where default_dimension_numbers decide about the axes, got "
                 "True; pass dimension_numbers=lambda params: None for the treatment by soap"
             )
+
+
+def check_shampoo(**arguments: Any) -> None:
+    """Raises if an argument of `scale_by_shampoo` is out of range or contradicts another."""
+    for name, value in arguments.items():
+        (_CHECKS | _SHAMPOO_CHECKS)[name](name, value)
+    _check_pairs({"refresh_tolerance": None, **arguments})
+    if arguments["factor_estimator"] == "gram" and arguments["refresh"] != "eigh":
+        raise ValueError(
+            "refresh must be 'eigh' where factor_estimator is 'gram', got "
+            f"{arguments['refresh']!r}: inverse roots come from an eigendecomposition; drop "
+            "refresh, or choose factor_estimator='kl', which has bases"
+        )
 
 
 def check_transform(**arguments: Any) -> None:

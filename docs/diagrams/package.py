@@ -17,11 +17,18 @@ def wings() -> Canvas:
     for style, name, purpose, x, y, width in (
         ("blue", "partitioned", "`soap_adamw`: SOAP and AdamW, with tools", left, 20, wide),
         ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 80, wide),
-        ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 140, wide),
+        (
+            "blue",
+            "alias",
+            "`soap`, `shampoo`: transform, weight decay, learning rate",
+            left,
+            140,
+            wide,
+        ),
         (
             "blue",
             "transform",
-            "`scale_by_soap`: init and update; beside it `hyperball`",
+            "`scale_by_soap`, `scale_by_shampoo`; beside it `hyperball`",
             left,
             200,
             wide,

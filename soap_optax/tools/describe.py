@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.alias import soap
 from soap_optax.blocks import BlockOptions, Plan, plan_of, split_complex
-from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.shampoo_alias import shampoo
+from soap_optax.shampoo_transform import scale_by_shampoo
+from soap_optax.state import AdamState, AnyStackState, PreconditionerState
 from soap_optax.tools.assignment import assignment_of
 from soap_optax.transform import scale_by_soap
 
@@ -81,7 +83,13 @@ class Description:
         return _aligned(table)
 
 
-def describe(params: Any, *, labels: Any = None, **options: Any) -> Description:
+def describe(
+    params: Any,
+    *,
+    optimizer: Callable[..., Any] = soap,
+    labels: Any = None,
+    **options: Any,
+) -> Description:
     """Reports each parameter's blocks, preconditioned axes and bytes of state.
 
     Reads shapes and dtypes only, and allocates nothing. Blocks and bytes are exact: they come from
@@ -107,26 +115,29 @@ def describe(params: Any, *, labels: Any = None, **options: Any) -> Description:
     Args:
       params: the parameters, as arrays or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape`
         returns.
-      labels: None describes `soap`. Anything else describes `soap_adamw` with these labels, such as
-        `default_labels`, and with its default for ``dimension_numbers``.
-      **options: arguments of `soap`, or of `soap_adamw`, by name, so that one dictionary serves
-        both. Options that do not decide shapes have no effect.
+      optimizer: the function that makes the optimizer, `soap` or `shampoo`.
+      labels: None describes `optimizer`. Anything else describes `soap_adamw` with these labels,
+        such as `default_labels`, and with its default for ``dimension_numbers``.
+      **options: arguments of the optimizer by name, so that one dictionary serves both. Options
+        that do not decide shapes have no effect.
 
     Returns:
       A description to print, or to read row by row.
 
     Raises:
       TypeError: for an option that the optimizer does not have, and if the optimizer raises it.
-      ValueError: if the optimizer raises it.
+      ValueError: if `optimizer` is another function, or is `shampoo` and there are labels, and if
+        the optimizer raises it.
     """
-    known = _defaults_and(options, {} if labels is None else ONLY_OF_SOAP_ADAMW)
+    _check_optimizer(optimizer, labels)
+    known = _defaults_and(options, optimizer, () if labels is None else ONLY_OF_SOAP_ADAMW)
     if labels is None:
-        return _described(params, known)
+        return _described(params, optimizer, known)
     assignment = assignment_of(params, labels, known["dimension_numbers"])
     known["dimension_numbers"] = assignment.dimension_numbers
     if known["precondition_frequency"] is None:  # The default of `soap_adamw`.
         known["precondition_frequency"] = 1
-    soap_only = _described(assignment.of_soap(params), known)
+    soap_only = _described(assignment.of_soap(params), soap, known)
     adam = scale_by_guarded_adam(0.9, 0.95, 1e-8, known["mu_dtype"])
     count_bytes = _bytes(jax.eval_shape(adam.init, {}))
     soap_rows = iter(soap_only.rows)
@@ -142,24 +153,46 @@ def describe(params: Any, *, labels: Any = None, **options: Any) -> Description:
     return Description(tuple(rows), soap_only.shared_bytes + count_bytes)
 
 
-def _defaults_and(options: dict[str, Any], more: Collection[str]) -> dict[str, Any]:
-    """The options given, and the defaults of `soap` for all others."""
-    known = {name: option.default for name, option in inspect.signature(soap).parameters.items()}
+# The transformation of each optimizer, which has the state.
+_TRANSFORMATIONS = ((soap, scale_by_soap), (shampoo, scale_by_shampoo))
+
+
+def _check_optimizer(optimizer: Any, labels: Any) -> None:
+    if all(optimizer is not known for known, _ in _TRANSFORMATIONS):
+        raise ValueError(
+            f"optimizer must be soap_optax.soap or soap_optax.shampoo, got {optimizer!r}; pass the "
+            "function, not what it returns"
+        )
+    if labels is not None and optimizer is not soap:
+        raise ValueError(
+            f"labels must be None where optimizer is soap_optax.shampoo, got {labels!r}: labels "
+            "describe soap_adamw; drop labels or optimizer"
+        )
+
+
+def _defaults_and(
+    options: dict[str, Any], optimizer: Callable[..., Any], more: Collection[str]
+) -> dict[str, Any]:
+    """The options given, and the defaults of the optimizer for all others."""
+    parameters = inspect.signature(optimizer).parameters
+    known = {name: option.default for name, option in parameters.items()}
     for name in options:
         if name not in known and name not in more:
             raise TypeError(
-                f"describe takes the options of soap_optax.{'soap_adamw' if more else 'soap'}, "
-                f"which has no {name!r}; it has " + ", ".join([*known, *more])
+                f"describe takes the options of soap_optax."
+                f"{'soap_adamw' if more else optimizer.__name__}, which has no {name!r}; it has "
+                + ", ".join([*known, *more])
             )
     return known | options
 
 
-def _described(params: Any, options: dict[str, Any]) -> Description:
-    """The description of `soap` with these options."""
-    optimizer = scale_by_soap(**{name: options[name] for name in _arguments_of(scale_by_soap)})
+def _described(params: Any, optimizer: Callable[..., Any], options: dict[str, Any]) -> Description:
+    """The description of an optimizer with these options."""
+    build = next(made for given, made in _TRANSFORMATIONS if given is optimizer)
+    transformation = build(**{name: options[name] for name in _arguments_of(build)})
     block_options = BlockOptions(**{name: options[name] for name in _arguments_of(BlockOptions)})
     plan = plan_of(params, block_options, options["dimension_numbers"])
-    return _from_plan(params, plan, jax.eval_shape(optimizer.init, params))
+    return _from_plan(params, plan, jax.eval_shape(transformation.init, params))
 
 
 def _from_plan(params: Any, plan: Plan, state: Any) -> Description:
@@ -194,7 +227,7 @@ def _identity(path: Sequence[Any], leaf: Any) -> tuple[str, tuple[int, ...], np.
     return name, jnp.shape(leaf), jnp.result_type(leaf)
 
 
-def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
+def _bytes_by_leaf(plan: Plan, state: PreconditionerState) -> list[int]:
     """Each leaf's bytes: stacks are shared by blocks, and Adam's vectors by entries."""
     shares = [0] * len(plan.shapes)
     for name, group in plan.stacks.items():
@@ -209,7 +242,7 @@ def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
     return shares
 
 
-def _bytes_of_a_block(stack: StackState) -> int:
+def _bytes_of_a_block(stack: AnyStackState) -> int:
     return _bytes(stack) // stack.age.size
 
 

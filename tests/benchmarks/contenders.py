@@ -1,4 +1,4 @@
-"""The contenders: the six-product floor, Adam, AdamW, Muon, a textbook SOAP and `soap_optax`.
+"""The contenders: the six-product floor, Adam, AdamW, Muon, a textbook SOAP, `soap`, `shampoo`.
 
 All of them get the same gradients of the same parameters. Each has two functions: one makes its
 state, and a jitted one takes a step and donates the state. The refresh frequency is an operand of
@@ -61,13 +61,17 @@ def contenders_of(
         "muon": lambda: plain(muon(model)),
         "textbook": lambda: textbook(model),
         "soap": lambda: soap(model),
+        "shampoo": lambda: preconditioned(soap_optax.shampoo, model),
+        "kl_shampoo": lambda: preconditioned(soap_optax.shampoo, model, **KL_SHAMPOO),
     }
     chosen = {name: known[name]() for name in names}
     return chosen | {name: soap(model, **options) for name, options in variants.items()}
 
 
 USUAL = ("floor", "adamw", "muon", "textbook", "soap")
-NAMES = (*USUAL, "adam")
+NAMES = (*USUAL, "adam", "shampoo", "kl_shampoo")
+# The options of the paper (Lin et al., 2025).
+KL_SHAMPOO = {"factor_estimator": "kl", "refresh": "qr", "exponent": 0.5, "grafting": None}
 
 
 def jitted(step: Step) -> Any:
@@ -101,9 +105,14 @@ def muon(model: Model) -> optax.GradientTransformation:
 
 def soap(model: Model, **options: Any) -> Contender:
     """`soap_optax.soap` with the options of the model, which `options` override."""
+    return preconditioned(soap_optax.soap, model, **options)
+
+
+def preconditioned(alias: Callable[..., Any], model: Model, **options: Any) -> Contender:
+    """`soap` or `shampoo`, with the options of the model, which `options` override."""
 
     def optimizer(frequency: Any) -> optax.GradientTransformationExtraArgs:
-        return soap_optax.soap(
+        return alias(
             LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             precondition_frequency=frequency,
@@ -122,7 +131,7 @@ def soap(model: Model, **options: Any) -> Contender:
 
 
 def soap_stacks(state: Any) -> Mapping[str, Any]:
-    """The stacks of blocks in the state of `soap_optax.soap`."""
+    """The stacks of blocks in the state of `soap` or `shampoo` of `soap_optax`."""
     return optax.tree_utils.tree_get(state, "stacks")
 
 

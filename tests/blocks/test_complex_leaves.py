@@ -57,6 +57,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {"factored": True, "one_sided": True, "normalize_grads": True},
     "applied": {"first_update": "apply", "refresh": "partial", "stack_multiple": 4},
 }
+SHAMPOO_OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "kl": {
+        "factor_estimator": "kl",
+        "refresh": "qr",
+        "grafting": "sgd",
+        "dimension_numbers": LAYERS,
+    },
+}
 
 
 @functools.cache
@@ -91,6 +100,21 @@ def test_updates_equal_those_of_optaxs_wrapper_around_soap(name: str) -> None:
         # The same equations in two programs.
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), one, other)
     assert jax.tree.structure(state) == jax.tree.structure(wanted_state.inner_state)
+    assert not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.usefixtures("implicit_promotion")  # For Optax's wrapper.
+@pytest.mark.parametrize("name", mostly_long(SHAMPOO_OPTIONS, ["kl"]))
+def test_updates_of_shampoo_equal_those_of_optaxs_wrapper_around_it(name: str) -> None:
+    inner = soap_optax.scale_by_shampoo(precondition_frequency=2, **SHAMPOO_OPTIONS[name])
+    wrapped: Any = optax.contrib.split_real_and_imaginary(inner)
+    grads = [draw(step) for step in range(STEPS)]
+    found, state = run(jax.jit(inner.update), inner.init(grads[0]), grads)
+    wanted, _ = run(jax.jit(wrapped.update), wrapped.init(grads[0]), grads)
+    for one, other in zip(found, wanted, strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), one, other)
+    assert found[-1]["orbitals"][0].dtype == jnp.complex64
+    assert np.all(np.abs(found[-1]["orbitals"][0]) > 0)
     assert not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(state))
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from helpers.cases import mostly_long, named
 from jax import export
 
 import soap_optax
@@ -13,10 +15,13 @@ import soap_optax
 PLATFORMS = ["cpu", "cuda", "tpu"]
 
 
-def test_one_exported_step_is_lowered_for_all_platforms_and_equals_the_jitted_one() -> None:
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), soap_optax.soap(1e-2, precondition_frequency=2)
-    )
+@pytest.mark.parametrize(
+    "alias", mostly_long(named({"soap": soap_optax.soap, "shampoo": soap_optax.shampoo}), ["soap"])
+)
+def test_one_exported_step_is_lowered_for_all_platforms_and_equals_the_jitted_one(
+    alias: Any,
+) -> None:
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), alias(1e-2, precondition_frequency=2))
     params = {
         name: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
         for seed, (name, shape) in enumerate({"kernel": (300, 6), "bias": (6,)}.items())

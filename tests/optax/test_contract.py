@@ -44,6 +44,7 @@ FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "soap": soap_optax.soap,
     "soap_adamw": soap_optax.soap_adamw,
     "clipped_soap": clipped_soap,
+    "shampoo": soap_optax.shampoo,
 }
 
 
@@ -86,6 +87,8 @@ OTHER_CASES = [
     ),
     case("clipped_soap", learning_rate=1e-2),
     case("soap_adamw", learning_rate=1e-2),
+    case("shampoo", learning_rate=1e-2, exponent=0.4, precondition_1d=True, block_size=2),
+    case("shampoo", learning_rate=1e-2, factor_estimator="kl", refresh="qr"),
     # AdamW's decay. At this learning rate, 1e-2 would move the minimum beyond the tolerance.
     case("soap", ("mechanize", {"weight_decay": 0.0}), learning_rate=1.0, weight_decay=1e-4),
     case("soap", ("schedule_free", {"learning_rate": 1e-2}), learning_rate=1e-2, b1=0.0),
@@ -117,7 +120,8 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Optax's function, with this library's static arguments added to the list in its file."""
     parameters = inspect.signature(factory).parameters
-    ours = [name for name in soap_optax.STATIC_ARGS if name in parameters]
+    every = {*soap_optax.STATIC_ARGS, *soap_optax.SHAMPOO_STATIC_ARGS}
+    ours = [name for name in parameters if name in every]
     return _inject_hyperparams(factory, static_args=(*static_args, *ours))
 
 

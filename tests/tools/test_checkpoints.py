@@ -44,6 +44,16 @@ OPTIMIZERS = {
     ),
     "soap_adamw": soap_optax.soap_adamw(1e-2, precondition_frequency=FREQUENCY),
     "KL factors": soap_optax.soap(1e-2, precondition_frequency=FREQUENCY, factor_estimator="kl"),
+    "Shampoo": soap_optax.shampoo(1e-2, precondition_frequency=FREQUENCY, block_size=4),
+    "KL-Shampoo, least state": soap_optax.shampoo(
+        1e-2,
+        precondition_frequency=FREQUENCY,
+        factor_estimator="kl",
+        grafting=None,
+        mu_dtype=jnp.bfloat16,
+        preconditioner_dtype=jnp.bfloat16,
+        fold_factors=True,
+    ),
 }
 
 
