@@ -29,7 +29,8 @@ def inverse_power(
     """
     del matrix
     # Half of the power on each side: the product is positive, and symmetric up to rounding.
-    power = gram_matrix(vectors * jnp.maximum(values + shift, floor) ** (-exponent / 2), 0)
+    halves = jnp.maximum(values + shift, floor) ** (-exponent / 2)
+    power = gram_matrix(vectors * halves[None, :], 0)
     return (power + power.T) / 2
 
 

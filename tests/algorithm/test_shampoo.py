@@ -304,9 +304,9 @@ def test_derivatives_of_inverse_powers_hold_for_equal_eigenvalues_too(
 
     def along(t: Any) -> jax.Array:
         return power_of(
-            matrix + t * tangent * (argument == "matrix"),
-            0.5 + t * (argument == "shift"),
-            0.4 + t * (argument == "exponent"),
+            matrix + t * tangent * float(argument == "matrix"),
+            0.5 + t * float(argument == "shift"),
+            0.4 + t * float(argument == "exponent"),
         )
 
     _, found = jax.jvp(along, (0.0,), (1.0,))
