@@ -196,7 +196,8 @@ def test_kl_soap_equals_the_reference_from_the_first_gradient_on(
     shape: reference.Shape, options: dict[str, Any]
 ) -> None:
     grads = np.random.default_rng(3).normal(size=(12, *shape))
-    state: Any = soap_optax.scale_by_soap(factor_estimator="kl").init(jnp.asarray(grads[0]))
+    optimizer: Any = soap_optax.scale_by_soap(factor_estimator="kl", **options)
+    state = optimizer.init(jnp.asarray(grads[0]))
     directions = []
     for grad in grads:
         update, state = update_of(factor_estimator="kl", **options)(jnp.asarray(grad), state)
