@@ -157,7 +157,9 @@ def descending_permutation(product: Array, basis: Array, first: Array) -> Array:
       first: the columns that come before all others, `(d,)`.
     """
     quotients = jnp.where(first, jnp.inf, rayleigh_quotients(product, basis))
-    return jnp.argsort(-quotients)
+    # In a `shard_map`, the result of `argsort` does not vary over devices in JAX 0.10.
+    _, permutation = lax.sort((-quotients, columns_in_place(basis)), num_keys=1)
+    return permutation
 
 
 def over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
