@@ -24,8 +24,8 @@ from soap_optax.linalg import frobenius_norm, inverse_power
 pytestmark = pytest.mark.usefixtures("x64")
 
 STEPS = 20
-# Updates are of size 1 to 30. Their rounding, 1e-15, is amplified by the condition of the factors,
-# at most 1e4 here. The largest difference seen in 300 examples is 2e-12.
+# Relative to the largest entry of an update, or to 1. In 900 random runs of a leaf, the largest
+# difference was 3e-14.
 TOLERANCE = 1e-10
 
 Tree = dict[str, np.ndarray]  # A leaf has the shape (steps, *shape).
@@ -176,8 +176,9 @@ def one_shot(grad: Any, **options: Any) -> np.ndarray:
     settings = {"b1": 0.0, "shampoo_beta": 0.0, "grafting": None, "eps": 1e-30, **options}
     optimizer = soap_optax.scale_by_shampoo(**settings)
     grad = jnp.asarray(grad)
-    _, state = optimizer.update(grad, optimizer.init(grad))
-    return np.asarray(optimizer.update(grad, state)[0])
+    update = jax.jit(optimizer.update)
+    _, state = update(grad, optimizer.init(grad))
+    return np.asarray(update(grad, state)[0])
 
 
 def test_diagonal_factors_give_the_closed_form() -> None:
@@ -224,11 +225,12 @@ def test_exponent_one_half_on_a_full_rank_quadratic_is_newtons_direction() -> No
     optimizer: Any = soap_optax.scale_by_shampoo(
         b1=0.0, exponent=0.5, grafting=None, correct_bias=False, refresh_order="before_gradient"
     )
-    _, state = optimizer.update(grad, optimizer.init(grad))
+    step = jax.jit(optimizer.update)
+    _, state = step(grad, optimizer.init(grad))
     stack = state.stacks["5x4_float64"]
     stack = stack._replace(factors=tuple(jnp.asarray(factor)[None] for factor in factors))
     state = state._replace(stacks={"5x4_float64": stack})
-    update, _ = optimizer.update(grad, state)
+    update, _ = step(grad, state)
     scale = 20 / (np.linalg.norm(left) * np.linalg.norm(right))
     np.testing.assert_allclose(update, scale * weights, rtol=1e-10, atol=1e-12)
 
@@ -264,8 +266,9 @@ def test_parameters_without_a_preconditioner_get_adam() -> None:
     found = compile_run(max_precond_dim=8, grafting="sgd")(grads)
     adam: Any = soap_optax.scale_by_soap(max_precond_dim=1)
     state = adam.init({name: leaf[0] for name, leaf in grads.items()})
+    update = jax.jit(adam.update)
     for call in range(3):
-        expected, state = adam.update({name: leaf[call] for name, leaf in grads.items()}, state)
+        expected, state = update({name: leaf[call] for name, leaf in grads.items()}, state)
         for name, leaf in expected.items():
             np.testing.assert_allclose(found[name][call], leaf, rtol=0, atol=1e-14)
 
@@ -317,7 +320,8 @@ def test_derivatives_of_inverse_powers_hold_for_equal_eigenvalues_too(
     np.testing.assert_allclose(pulled, jnp.sum(found * tangent), rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", mostly_long(["learning rate", "eps", "exponent"], ["exponent"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["learning rate", "eps", "exponent"])
 def test_derivatives_through_updates_agree_with_central_differences(name: str) -> None:
     grads = random_grads([(4, 3)], seed=9)["leaf0"][:6]
 

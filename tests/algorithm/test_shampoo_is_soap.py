@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import mostly_long
 
 import soap_optax
 
@@ -109,7 +110,7 @@ def test_the_eigenvalues_of_the_factors_are_the_sums_of_the_rotated_squares() ->
     np.testing.assert_allclose(squares.sum(axis=0), right_values, rtol=1e-12)
 
 
-@pytest.mark.parametrize("exponent", [0.25, 0.4])
+@pytest.mark.parametrize("exponent", mostly_long([0.25, 0.4], [0.4]))
 def test_other_exponents_are_another_method(exponent: float) -> None:
     """The claim needs the exponent: with others, the two updates are not parallel."""
     grads = np.random.default_rng(1).normal(size=(4, 5, 3)) * [4.0, 1.0, 0.25]
@@ -121,7 +122,7 @@ def test_other_exponents_are_another_method(exponent: float) -> None:
         refresh_order="before_gradient",
         correct_bias=False,
     )
-    update, _ = optimizer.update(jnp.asarray(grads[-1]), state)
+    update, _ = jax.jit(optimizer.update)(jnp.asarray(grads[-1]), state)
     found, wanted = np.ravel(update), np.ravel(soap_update(grads))
     cosine = found @ wanted / (np.linalg.norm(found) * np.linalg.norm(wanted))
     assert 0.5 < cosine < 0.99
