@@ -1,9 +1,18 @@
-"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner, for Optax."""
+"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner, and Shampoo, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.hyperball import hyperball
 from soap_optax.schedules import thinning_frequency
-from soap_optax.state import AdamState, HyperballState, ScaleBySoapState, StackState
+from soap_optax.shampoo_alias import SHAMPOO_STATIC_ARGS, shampoo
+from soap_optax.shampoo_transform import scale_by_shampoo
+from soap_optax.state import (
+    AdamState,
+    HyperballState,
+    ScaleByShampooState,
+    ScaleBySoapState,
+    ShampooStackState,
+    StackState,
+)
 from soap_optax.tools import (
     Description,
     ParameterDescription,
@@ -18,19 +27,24 @@ from soap_optax.transform import scale_by_soap
 __version__ = "0.1.0"
 
 __all__ = [
+    "SHAMPOO_STATIC_ARGS",
     "STATIC_ARGS",
     "AdamState",
     "Description",
     "HyperballState",
     "ParameterDescription",
+    "ScaleByShampooState",
     "ScaleBySoapState",
+    "ShampooStackState",
     "StackState",
     "check_checkpoint",
     "default_labels",
     "describe",
     "diagnostics",
     "hyperball",
+    "scale_by_shampoo",
     "scale_by_soap",
+    "shampoo",
     "soap",
     "state_shardings",
     "thinning_frequency",

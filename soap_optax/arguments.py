@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, get_args
 
 from soap_optax import value_checks
-from soap_optax.algorithm import FactorEstimator, RefreshMethod
+from soap_optax.algorithm import FactorEstimator, Grafting, RefreshMethod
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
@@ -57,6 +57,16 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
+_SHAMPOO_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "eps": partial(
+        value_checks.check_eps, default="1e-12", why="a factor may have no inverse root"
+    ),
+    "grafting_eps": value_checks.check_eps,
+    "exponent": value_checks.check_exponent,
+    "grafting": partial(value_checks.check_choice, choices=get_args(Grafting), is_optional=True),
+}
+
+
 def check_alias(**arguments: Any) -> None:
     """Raises if an argument that only `soap` has is out of range."""
     for name, value in arguments.items():
@@ -67,6 +77,19 @@ def check_hyperball(**arguments: Any) -> None:
     """Raises if an argument of `hyperball` is out of range."""
     for name, value in arguments.items():
         _HYPERBALL_CHECKS[name](name, value)
+
+
+def check_shampoo(**arguments: Any) -> None:
+    """Raises if an argument of `scale_by_shampoo` is out of range or contradicts another."""
+    for name, value in arguments.items():
+        (_CHECKS | _SHAMPOO_CHECKS)[name](name, value)
+    _check_pairs({"refresh_tolerance": None, **arguments})
+    if arguments["factor_estimator"] == "gram" and arguments["refresh"] != "eigh":
+        raise ValueError(
+            "refresh must be 'eigh' where factor_estimator is 'gram', got "
+            f"{arguments['refresh']!r}: inverse roots come from an eigendecomposition; drop "
+            "refresh, or choose factor_estimator='kl', which has bases"
+        )
 
 
 def check_transform(**arguments: Any) -> None:

@@ -1,7 +1,7 @@
-"""The arguments of `scale_by_soap`, as the wings take them."""
+"""The arguments of `scale_by_soap` and `scale_by_shampoo`, as the wings take them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -12,17 +12,32 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import blocks, devices, stacks
-from soap_optax.algorithm import Hyperparameters, RefreshMethod, RefreshRule
+from soap_optax.algorithm import (
+    FactorEstimator,
+    Grafting,
+    Hyperparameters,
+    RefreshMethod,
+    RefreshRule,
+    ShampooHyperparameters,
+)
 from soap_optax.blocks import BlockOptions
 from soap_optax.devices import Layout
 from soap_optax.schedules import Frequency, frequency_at
-from soap_optax.stacks import RefreshOrder, RefreshTiming, StepSettings, StorageOptions
-from soap_optax.state import ScaleBySoapState
+from soap_optax.stacks import (
+    SOAP,
+    Equations,
+    RefreshOrder,
+    RefreshTiming,
+    ShampooEquations,
+    StepSettings,
+    StorageOptions,
+)
+from soap_optax.state import PreconditionerState
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Static arguments of `scale_by_soap` that decide shapes, dtypes and shardings of the state.
+    """Static arguments of a transformation that decide shapes, dtypes and shardings of the state.
 
     Its methods plan a tree, make its first state, and check a later state against that.
     """
@@ -33,6 +48,7 @@ class Structure:
     stack_sharding: NamedSharding | None
     stack_multiple: int | None
     param_shardings: Any
+    equations: Equations = SOAP
 
     def layout_of(self, tree: Any, statistics: Sequence[DTypeLike] | None = None) -> Layout:
         """The plan of parameters or gradients and their layout on devices, checked.
@@ -45,11 +61,17 @@ class Structure:
         )
         return devices.layout_of(tree, plan, self.stack_sharding, self.param_shardings)
 
-    def initial_state(self, layout: Layout, leaves: Sequence[ArrayLike] = ()) -> ScaleBySoapState:
+    def initial_state(
+        self, layout: Layout, leaves: Sequence[ArrayLike] = ()
+    ) -> PreconditionerState:
         """The state before the first gradient."""
-        return stacks.initial_state(layout.plan, self.storage, leaves)
+        return stacks.initial_state(layout.plan, self.equations, self.storage, leaves)
 
-    def check_state(self, state: Any, layout: Layout) -> ScaleBySoapState:
+    def placeholder_state(self) -> PreconditionerState:
+        """See `stacks.placeholder_state`."""
+        return stacks.placeholder_state(self.equations)
+
+    def check_state(self, state: Any, layout: Layout) -> PreconditionerState:
         """Returns the state, or raises if `init` would make another one for this layout."""
         return blocks.check_state(state, jax.eval_shape(lambda: self.initial_state(layout)))
 
@@ -78,7 +100,12 @@ class StepOptions:
         tolerance = self.refresh_tolerance
         tolerance = None if tolerance is None else jnp.asarray(tolerance)
         timing = RefreshTiming(frequency, self.refresh_order, self.stagger)
-        return StepSettings(timing, RefreshRule(tolerance, self.refresh), hyper)
+        return StepSettings(timing, RefreshRule(tolerance, self.refresh), hyper, self.equations)
+
+    @property
+    def equations(self) -> Equations:
+        """The equations of the blocks."""
+        return SOAP
 
     def _hyper_in(self, dtype: str) -> Hyperparameters:
         shampoo_beta = self.b2 if self.shampoo_beta is None else self.shampoo_beta
@@ -90,4 +117,28 @@ class StepOptions:
             normalize_grads=self.normalize_grads,
             correct_bias=self.correct_bias,
             precision=self.precision,
+        )
+
+
+@dataclass(frozen=True)
+class ShampooStepOptions(StepOptions):
+    """Arguments of `scale_by_shampoo` that decide a step; `eps` is the one of grafting."""
+
+    factor_eps: ArrayLike
+    exponent: ArrayLike | None
+    grafting: Grafting | None
+    factor_estimator: FactorEstimator
+
+    @property
+    def equations(self) -> Equations:
+        """The equations of the blocks."""
+        return ShampooEquations(self.grafting, self.factor_estimator)
+
+    def _hyper_in(self, dtype: str) -> ShampooHyperparameters:
+        shared = super()._hyper_in(dtype)
+        return ShampooHyperparameters(
+            **{field.name: getattr(shared, field.name) for field in fields(shared)},
+            factor_eps=jnp.asarray(self.factor_eps, dtype),
+            exponent=None if self.exponent is None else jnp.asarray(self.exponent, dtype),
+            grafting=self.grafting,
         )

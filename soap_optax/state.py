@@ -61,6 +61,44 @@ class StackState(NamedTuple):
     eigenvalues: tuple[Array, ...] = ()
 
 
+class ShampooStackState(NamedTuple):
+    """State of one stack under Shampoo: every array has a leading axis of length `B`.
+
+    Attributes:
+      accepted_gradients: number of gradients accepted so far, `(blocks,)`. The first one only
+        fills the factors.
+      rejected_gradients: number of gradients rejected because they were not finite, or because
+        their sum of squares would overflow, `(blocks,)`.
+      factors: average of each preconditioned axis' Gram matrix, `(blocks, d, d)`, by ascending
+        axis; with ``fold_factors`` its folded lower triangle, `(blocks, ceil(d / 2), d + 1)`.
+      mu: first moment in the parameters' coordinates, `(blocks, *block)`.
+      nu: with ``grafting="adam"`` or ``"rmsprop"``, the second moment in the parameters'
+        coordinates, `(blocks, *block)`; otherwise empty.
+      roots: inverse root of each factor as of the last refresh, `(blocks, d, d)`, the identity
+        before the first; empty with ``factor_estimator="kl"``.
+      age: number of updates applied since the last refresh was due, `(blocks,)`.
+      refreshes: number of refreshes adopted so far, the first included, `(blocks,)`.
+      rejected_refreshes: number of refreshes rejected because a factor or its root was not finite,
+        or a factor was not symmetric positive, `(blocks,)`. The old roots stay.
+      bases: with ``factor_estimator="kl"``, orthonormal eigenvectors of each factor as of the last
+        refresh, `(blocks, d, d)`, the identity before the first; otherwise empty.
+      eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, one for
+        each column of its basis, `(blocks, d)`; otherwise empty.
+    """
+
+    accepted_gradients: Array
+    rejected_gradients: Array
+    factors: tuple[Array, ...]
+    mu: Array
+    nu: Array | tuple[()]
+    roots: tuple[Array, ...]
+    age: Array
+    refreshes: Array
+    rejected_refreshes: Array
+    bases: tuple[Array, ...] = ()
+    eigenvalues: tuple[Array, ...] = ()
+
+
 class AdamState(NamedTuple):
     """State of leaves without a preconditioner: the leaves of a bucket, or one large leaf.
 
@@ -95,6 +133,27 @@ class ScaleBySoapState(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax's name; hides tuple.count
     stacks: dict[str, StackState]
     adam: dict[str, AdamState]
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of `scale_by_shampoo`.
+
+    Attributes:
+      layout_version: version of the arrangement of the state's leaves, a scalar.
+      count: number of calls of ``update`` so far, a scalar.
+      stacks: preconditioned blocks by block shape, named as in `ScaleBySoapState`.
+      adam: leaves without a preconditioner, named as in `ScaleBySoapState`.
+    """
+
+    layout_version: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax's name; hides tuple.count
+    stacks: dict[str, ShampooStackState]
+    adam: dict[str, AdamState]
+
+
+# The state of any optimizer with preconditioned blocks, and of one of its stacks.
+PreconditionerState = ScaleBySoapState | ScaleByShampooState
+AnyStackState = StackState | ShampooStackState
 
 
 class HyperballState(NamedTuple):

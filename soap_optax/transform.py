@@ -19,7 +19,7 @@ from soap_optax.devices import Layout
 from soap_optax.options import StepOptions, Structure
 from soap_optax.schedules import Frequency
 from soap_optax.stacks import RefreshOrder, StepSettings, StorageOptions
-from soap_optax.state import ScaleBySoapState
+from soap_optax.state import PreconditionerState
 
 
 def scale_by_soap(
@@ -230,15 +230,17 @@ def scale_by_soap(
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,
     )
-    return _transformation(structure, options)
+    return transformation(structure, options)
 
 
-def _transformation(
+def transformation(
     structure: Structure, options: StepOptions
 ) -> optax.GradientTransformationExtraArgs:
-    def init_fn(params: optax.Params) -> ScaleBySoapState:
+    """The transformation with these arguments: its `init` and its `update`."""
+
+    def init_fn(params: optax.Params) -> PreconditionerState:
         if blocks.is_placeholder(params):
-            return stacks.placeholder_state()
+            return structure.placeholder_state()
         layout = structure.layout_of(params)
         leaves = jax.tree.leaves(params)
         return layout.create(lambda: structure.initial_state(layout, leaves))
@@ -248,7 +250,7 @@ def _transformation(
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleBySoapState]:
+    ) -> tuple[optax.Updates, PreconditionerState]:
         del extra_args
         layout = structure.layout_of(updates, blocks.statistics_of(state, updates, params))
         old_state = structure.check_state(state, layout)
@@ -262,8 +264,8 @@ def _transformation(
 
 
 def _update_leaves(
-    layout: Layout, settings: StepSettings, grads: list[ArrayLike], state: ScaleBySoapState
-) -> tuple[list[Array], ScaleBySoapState]:
+    layout: Layout, settings: StepSettings, grads: list[ArrayLike], state: PreconditionerState
+) -> tuple[list[Array], PreconditionerState]:
     """Gradients to stacks, an update of every stack and of Adam's leaves, and updates back."""
     plan = layout.plan
     leaves = layout.prepare(grads)
@@ -288,8 +290,7 @@ def _update_leaves(
             )
             updates |= blocks.split(leaf_updates, group, starts)
     new_leaves = layout.finish(blocks.scatter(plan, updates, leaves), like=grads)
-    return new_leaves, ScaleBySoapState(
-        layout_version=state.layout_version,
+    return new_leaves, state._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
         stacks=new_stacks,
         adam=new_adam,

@@ -16,8 +16,8 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _STATIC_HINT = (
-    "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, because it decides "
-    "shapes or branches and cannot be traced"
+    "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, or for shampoo "
+    "soap_optax.SHAMPOO_STATIC_ARGS, because it decides shapes or branches and cannot be traced"
 )
 
 
@@ -32,15 +32,32 @@ def check_decay(name: str, value: Any) -> None:
         )
 
 
-def check_eps(name: str, value: Any) -> None:
+def check_eps(
+    name: str,
+    value: Any,
+    default: str = "1e-8",
+    why: str = "an entry that never had a gradient would become 0/0",
+) -> None:
     """Raises unless `value` is positive and finite."""
     number = _number(value, f"{name} must be a positive number")
     if not _is_traced(number) and not _TINY <= _as_float32(number) < math.inf:
         raise ValueError(
-            f"{name} must be positive and finite as a normal float32, got {value}; pass 1e-8, the "
-            "default, or 1e-30, which is as good as none: without it an entry that never had a "
-            "gradient would become 0/0; if optax.inject_hyperparams rounded it to float16, as it "
-            "does for parameters in float16, pass it hyperparam_dtype=jnp.float32"
+            f"{name} must be positive and finite as a normal float32, got {value}; pass {default}, "
+            f"the default, or 1e-30, which is as good as none: without it {why}; if "
+            "optax.inject_hyperparams rounded it to float16, as it does for parameters in float16, "
+            "pass it hyperparam_dtype=jnp.float32"
+        )
+
+
+def check_exponent(name: str, value: Any) -> None:
+    """Raises unless `value` is None or a number in (0, 1]."""
+    if value is None:
+        return
+    number = _number(value, f"{name} must be None or a number in (0, 1]")
+    if not _is_traced(number) and not 0 < _as_float32(number) <= 1:
+        raise ValueError(
+            f"{name} must be in (0, 1], got {value}; it is the exponent of each side, 0.25 for a "
+            "matrix in the original paper, and None means 1/(2k) for k preconditioned axes"
         )
 
 
@@ -158,9 +175,12 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}{_STATIC_HINT}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises unless `value` is one of the choices."""
-    rule = f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+def check_choice(name: str, value: Any, choices: Sequence[str], is_optional: bool = False) -> None:
+    """Raises unless `value` is one of the choices, or None where that is allowed."""
+    if value is None and is_optional:
+        return
+    listed = ", ".join(map(repr, choices))
+    rule = f"{name} must be {'None or ' * is_optional}one of {listed}, got {value!r}"
     if not isinstance(value, str):
         raise TypeError(rule + _STATIC_HINT)
     if value not in choices:

@@ -12,6 +12,7 @@ from pathlib import Path
 from block import refresh, step
 from canvas import Canvas
 from package import gradient, wings
+from shampoo import routes
 from stack import sharding, stacks
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
@@ -22,6 +23,7 @@ DRAWINGS: dict[str, Callable[[], Canvas]] = {
     "sharding.svg": sharding,
     "wings.svg": wings,
     "gradient.svg": gradient,
+    "shampoo.svg": routes,
 }
 
 

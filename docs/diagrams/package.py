@@ -16,11 +16,18 @@ def wings() -> Canvas:
     left, right, wide, narrow = 20, 310, 560, 270
     for style, name, purpose, x, y, width in (
         ("grey", "tools", "beside the optimizer: describe, diagnostics, …", left, 20, wide),
-        ("blue", "alias", "`soap`: transform, weight decay, learning rate", left, 80, wide),
+        (
+            "blue",
+            "alias",
+            "`soap`, `shampoo`: transform, weight decay, learning rate",
+            left,
+            80,
+            wide,
+        ),
         (
             "blue",
             "transform",
-            "`scale_by_soap`: init and update; beside it `hyperball`",
+            "`scale_by_soap`, `scale_by_shampoo`; beside it `hyperball`",
             left,
             140,
             wide,

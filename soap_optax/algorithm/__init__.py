@@ -1,4 +1,4 @@
-"""The equations of SOAP, for one block: a step, the eigenbases, the refresh methods.
+"""The equations of SOAP and Shampoo, for one block: steps, eigenbases, roots, refresh methods.
 
 It computes in the dtype of the statistics, and returns each field in the dtype in which it came.
 
@@ -20,7 +20,15 @@ from soap_optax.algorithm.kl_factors import (
     rotations_by_others,
 )
 from soap_optax.algorithm.refresh_methods import RefreshMethod
+from soap_optax.algorithm.roots import RootRule, RootState, inverse_root, refresh_roots
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
+from soap_optax.algorithm.shampoo import (
+    WITH_SECOND_MOMENT,
+    Grafting,
+    ShampooHyperparameters,
+    multiply_by_roots,
+)
+from soap_optax.algorithm.shampoo import step_block as shampoo_step_block
 from soap_optax.algorithm.step import (
     Hyperparameters,
     adam_direction,
@@ -35,27 +43,36 @@ from soap_optax.algorithm.step import (
 
 __all__ = [
     "INITIAL_EIGENVALUE",
+    "WITH_SECOND_MOMENT",
     "EigenbasisState",
     "FactorEstimator",
+    "Grafting",
     "Hyperparameters",
     "RefreshMethod",
     "RefreshRule",
+    "RootRule",
+    "RootState",
     "Rotations",
+    "ShampooHyperparameters",
     "adam_direction",
     "average_eigenvalues",
     "average_factor",
     "average_moments",
     "bias_correction",
+    "inverse_root",
     "inverse_roots",
     "is_acceptable",
     "is_whitenable",
     "kl_decay",
     "kl_gram_matrices",
+    "multiply_by_roots",
     "normalization",
     "refresh",
+    "refresh_roots",
     "rotations",
     "rotations_by_others",
     "rounding_level",
     "second_moment_estimate",
+    "shampoo_step_block",
     "step_block",
 ]

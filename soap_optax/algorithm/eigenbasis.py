@@ -197,7 +197,7 @@ def _refresh_fully(
 def _first_bases(factors: Sequence[Array], rows: Sequence[Array]) -> list[NewBasis]:
     """The exact eigenvectors of the factors."""
     inputs = list(zip(factors, rows, strict=True))
-    bases = _over_axes(lambda one: descending_eigenvectors(*one), inputs)
+    bases = over_axes(lambda one: descending_eigenvectors(*one), inputs)
     return [NewBasis(basis, columns_in_place(basis)) for basis in bases]
 
 
@@ -211,7 +211,7 @@ def _later_bases(
     """The bases after one refresh; computes the products of factors and bases if not given."""
     products = _products(factors, bases) if products is None else products
     inputs = list(map(FactorInBasis, factors, bases, products, rows))
-    return _over_axes(METHODS[method], inputs)
+    return over_axes(METHODS[method], inputs)
 
 
 def _refresh_partly_or_first(
@@ -272,7 +272,7 @@ def _permuted(eigenvalues: Sequence[Array], permutations: Sequence[Array]) -> tu
     return tuple(old[new] for old, new in zip(eigenvalues, permutations, strict=False))
 
 
-def _over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
+def over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
     """Calls a function for every axis of a block, with the tree of arrays that is the axis' input.
 
     On accelerators, where decompositions compile slowly, axes of the same length share one program.

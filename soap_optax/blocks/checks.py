@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from soap_optax.blocks.plan import Plan, make_plan
 from soap_optax.blocks.views import BlockOptions, axes_of_leaves
-from soap_optax.state import ScaleBySoapState
+from soap_optax.state import PreconditionerState
 
 
 def plan_of(
@@ -104,8 +104,8 @@ def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     Raises:
       ValueError: if the state has float64 statistics and `jax_enable_x64` is off.
     """
-    groups = [*_groups(state, "stacks"), *_groups(state, "adam")]
-    found = {jax.tree.leaves(group.nu)[0].dtype for group in groups}
+    groups = [*_groups(state, "stacks").items(), *_groups(state, "adam").items()]
+    found = {_statistics_of_group(name, group) for name, group in groups}
     if np.dtype(np.float64) in found and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "the state has float64 statistics, and jax_enable_x64 is off: it was made under "
@@ -119,21 +119,30 @@ def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     return [jnp.result_type(leaf) for leaf in leaves]
 
 
-def _groups(state: Any, name: str) -> list[Any]:
+def _statistics_of_group(name: str, group: Any) -> np.dtype:
+    """The dtype of its second moment; if it has none, the one that its name ends with."""
+    leaves = jax.tree.leaves(group.nu)
+    if leaves:
+        return leaves[0].dtype
+    return np.dtype(np.float64 if name.endswith("_float64") else np.float32)
+
+
+def _groups(state: Any, name: str) -> dict[str, Any]:
     groups = getattr(state, name, None)
-    return [*groups.values()] if isinstance(groups, dict) else []
+    return groups if isinstance(groups, dict) else {}
 
 
-def check_state(state: Any, expected: Any) -> ScaleBySoapState:
+def check_state(state: Any, expected: PreconditionerState) -> PreconditionerState:
     """Returns the state, or raises if `init` would make another one for these gradients.
 
     Args:
       state: the state handed to `update`.
       expected: the state that `init` makes for these gradients, as a tree of shapes.
     """
-    if not isinstance(state, ScaleBySoapState):
+    if not isinstance(state, type(expected)):
         raise TypeError(
-            f"state must be a ScaleBySoapState, got {type(state).__name__}; pass what init returned"
+            f"state must be a {type(expected).__name__}, got {type(state).__name__}; pass what "
+            "init returned"
         )
     wanted = _shapes_by_path(expected)
     found = _shapes_by_path(state)
@@ -145,8 +154,8 @@ def check_state(state: Any, expected: Any) -> ScaleBySoapState:
                 "likely the tree, a shape, a dtype from or to float64, or one of block_size, "
                 "max_precond_dim, merge_dims, precondition_1d, dimension_numbers, stack_multiple "
                 "(which is the number of shards of stack_sharding where it is not given), "
-                "one_sided, factored, fold_factors, factor_estimator changed after init; undo the "
-                "change, or call init again for a new state"
+                "one_sided, factored, fold_factors, factor_estimator, grafting changed after init; "
+                "undo the change, or call init again for a new state"
             )
     return state
 

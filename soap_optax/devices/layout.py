@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from soap_optax import blocks
 from soap_optax.blocks import Group, Plan, Region, Shape
 from soap_optax.devices.explicit_axes import replicate_explicit, reshard_like
-from soap_optax.state import ScaleBySoapState
+from soap_optax.state import PreconditionerState
 
 Starts = Mapping[int, ArrayLike]
 
@@ -21,7 +21,7 @@ class Layout(Protocol):
 
     plan: Plan
 
-    def create(self, make: Callable[[], ScaleBySoapState]) -> ScaleBySoapState:
+    def create(self, make: Callable[[], PreconditionerState]) -> PreconditionerState:
         """Makes a state with the shardings of this layout."""
         ...
 
@@ -89,7 +89,7 @@ class OneDevice:
     def __init__(self, plan: Plan):
         self.plan = plan
 
-    def create(self, make: Callable[[], ScaleBySoapState]) -> ScaleBySoapState:
+    def create(self, make: Callable[[], PreconditionerState]) -> PreconditionerState:
         """Makes a state."""
         return make()
 

@@ -19,7 +19,7 @@ from soap_optax.devices.param_shardings import LeafShardings, leaf_shardings
 from soap_optax.devices.routes import Routes, WholeLeaves
 from soap_optax.devices.slices import Slices
 from soap_optax.devices.state_shardings import create_state
-from soap_optax.state import ScaleBySoapState
+from soap_optax.state import PreconditionerState
 
 
 def layout_of(
@@ -63,7 +63,7 @@ class Sharded:
         self._leaves = leaves
         self._routes = Routes(plan, sharding, leaves)
 
-    def create(self, make: Callable[[], ScaleBySoapState]) -> ScaleBySoapState:
+    def create(self, make: Callable[[], PreconditionerState]) -> PreconditionerState:
         """Makes a state in its shards, so that no device ever holds all of it."""
         return create_state(make, self._stack_sharding)
 

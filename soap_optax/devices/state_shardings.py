@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from soap_optax.devices.mesh import long_mesh_axes
-from soap_optax.state import AdamState, ScaleBySoapState
+from soap_optax.state import AdamState, PreconditionerState
 
 
 def shardings_of_state(state: Any, stack_sharding: NamedSharding, params: Any = None) -> Any:
@@ -16,16 +16,16 @@ def shardings_of_state(state: Any, stack_sharding: NamedSharding, params: Any = 
     known_params = dict(tree_leaves_with_path(params))
 
     def of_node(path: tuple[Any, ...], node: Any) -> Any:
-        if _is_soap(node):
-            return _soap_shardings(node, stack_sharding)
+        if _has_stacks(node):
+            return _shardings_of_blocks(node, stack_sharding)
         return _other_sharding(path, node, stack_sharding.mesh, known_params)
 
-    return tree_map_with_path(of_node, state, is_leaf=_is_soap)
+    return tree_map_with_path(of_node, state, is_leaf=_has_stacks)
 
 
 def create_state(
-    make: Callable[[], ScaleBySoapState], stack_sharding: NamedSharding
-) -> ScaleBySoapState:
+    make: Callable[[], PreconditionerState], stack_sharding: NamedSharding
+) -> PreconditionerState:
     """Makes a state in its shards, so that no device ever holds all of it."""
     shardings = shardings_of_state(jax.eval_shape(make), stack_sharding)
     state = jax.jit(make, out_shardings=shardings)()
@@ -34,7 +34,9 @@ def create_state(
     return state
 
 
-def _soap_shardings(state: ScaleBySoapState, stack_sharding: NamedSharding) -> ScaleBySoapState:
+def _shardings_of_blocks(
+    state: PreconditionerState, stack_sharding: NamedSharding
+) -> PreconditionerState:
     """Stacks and vectors are sharded along axis 0; everything else is replicated."""
     mesh = stack_sharding.mesh
     along_axis_0 = NamedSharding(mesh, PartitionSpec(stack_sharding.spec[0]))
@@ -98,5 +100,5 @@ def _is_on(mesh: Any, leaf: Any) -> bool:
     return isinstance(sharding.mesh, Mesh) or bool(sharding.mesh.explicit_axes)
 
 
-def _is_soap(node: Any) -> bool:
-    return isinstance(node, ScaleBySoapState)
+def _has_stacks(node: Any) -> bool:
+    return isinstance(node, PreconditionerState)

@@ -14,8 +14,10 @@ from soap_optax.linalg.decoupling import (
     with_unit_vectors,
     zero_rows,
 )
+from soap_optax.linalg.matrix_powers import inverse_power
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
+    frobenius_norm,
     is_finite,
     is_orthonormal,
     largest_magnitude,
@@ -33,7 +35,9 @@ __all__ = [
     "descending_eigenvectors",
     "folded_like",
     "folded_shape",
+    "frobenius_norm",
     "gram_matrix",
+    "inverse_power",
     "is_finite",
     "is_orthonormal",
     "largest_magnitude",

@@ -29,6 +29,16 @@ def is_finite(matrix: Array) -> Array:
     return jnp.isfinite(jnp.sum(jnp.abs(matrix) / len(matrix)))
 
 
+def frobenius_norm(array: Array) -> Array:
+    """The root of the sum of squares, a scalar; no square overflows or underflows."""
+    largest = largest_magnitude(array)
+    is_zero = largest == 0
+    scaled = array / jnp.where(is_zero, 1, largest)
+    square = jnp.sum(jnp.square(scaled))
+    # The root of 0 has no finite derivative.
+    return jnp.where(is_zero, 0, largest * jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
 def rayleigh_quotients(product: Array, basis: Array) -> Array:
     """The diagonal of `Q^T A Q`, `(d,)`, from the product `A Q`."""
     return jnp.sum(basis * product, axis=0)

@@ -6,14 +6,20 @@ resharded. The equations of a block are in `soap_optax.algorithm`.
 """
 
 from soap_optax.stacks.adam import update_adam
+from soap_optax.stacks.equations import SOAP, Equations
 from soap_optax.stacks.hidden_scalars import hide_from_cpu_compiler
-from soap_optax.stacks.initial import StorageOptions, initial_state, placeholder_state
+from soap_optax.stacks.initial import initial_state, placeholder_state
 from soap_optax.stacks.refresh_gating import RefreshOrder, RefreshTiming
+from soap_optax.stacks.shampoo_equations import ShampooEquations
+from soap_optax.stacks.storage import StorageOptions
 from soap_optax.stacks.update import StepSettings, update_stack
 
 __all__ = [
+    "SOAP",
+    "Equations",
     "RefreshOrder",
     "RefreshTiming",
+    "ShampooEquations",
     "StepSettings",
     "StorageOptions",
     "hide_from_cpu_compiler",

@@ -12,10 +12,10 @@ from jax.lax import PrecisionLike
 from soap_optax import algorithm
 from soap_optax.algorithm import Rotations
 from soap_optax.linalg import folded_like, gram_matrix
-from soap_optax.state import StackState
+from soap_optax.state import AnyStackState
 
 
-def is_acceptable(grad: Array, state: StackState) -> Array:
+def is_acceptable(grad: Array, state: AnyStackState) -> Array:
     """Whether a gradient, `(*block)`, may enter the state: it is finite and cannot overflow."""
     stored = [array.dtype for array in (*state.factors, state.mu)]
     acceptable = algorithm.is_acceptable(grad, stored)
@@ -25,7 +25,7 @@ def is_acceptable(grad: Array, state: StackState) -> Array:
 
 
 def rotations(
-    grad: Array, state: StackState, axes: Sequence[int], precision: PrecisionLike
+    grad: Array, state: AnyStackState, axes: Sequence[int], precision: PrecisionLike
 ) -> Rotations | None:
     """The rotations of a gradient that a step with KL factors needs; None without KL factors."""
     if not state.eigenvalues:
@@ -34,7 +34,7 @@ def rotations(
 
 
 def rotations_by_others(
-    grad: Array, state: StackState, axes: Sequence[int]
+    grad: Array, state: AnyStackState, axes: Sequence[int]
 ) -> tuple[Array, ...] | None:
     """The rotations of a gradient that KL factors need; None without KL factors."""
     if not state.eigenvalues:
@@ -45,7 +45,7 @@ def rotations_by_others(
 def average_factors(
     grad: Array,
     accepted: Array,
-    state: StackState,
+    state: AnyStackState,
     by_others: Sequence[Array] | None,
     axes: Sequence[int],
     beta: Array,
@@ -79,7 +79,7 @@ def average_factors(
 
 def average_eigenvalues(
     accepted: Array,
-    state: StackState,
+    state: AnyStackState,
     rotated: Rotations | None,
     axes: Sequence[int],
     beta: Array,
@@ -104,6 +104,6 @@ def average_eigenvalues(
     )
 
 
-def _bases(state: StackState, grad: Array) -> list[Array]:
+def _bases(state: AnyStackState, grad: Array) -> list[Array]:
     """The bases of a block, in the dtype of its gradient."""
     return [basis.astype(grad.dtype) for basis in state.bases]

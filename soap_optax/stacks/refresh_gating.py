@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from soap_optax import algorithm
-from soap_optax.algorithm import EigenbasisState, RefreshRule
 from soap_optax.linalg import unfolded
-from soap_optax.state import StackState
+from soap_optax.stacks.equations import Equations
+from soap_optax.state import AnyStackState
 
 RefreshOrder = Literal["before_gradient", "after_gradient"]
 
@@ -36,6 +35,20 @@ class RefreshTiming:
     stagger: bool = field(metadata={"static": True})
 
 
+class BlockForm(NamedTuple):
+    """What all blocks of a stack share.
+
+    Attributes:
+      axes: the preconditioned axes, ascending.
+      lengths: the lengths of these axes.
+      dtype: the dtype of the statistics.
+    """
+
+    axes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    dtype: np.dtype
+
+
 def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
     """The phases of blocks in the refresh cycle, as fractions of the cycle, `(blocks,)`.
 
@@ -46,7 +59,7 @@ def stagger_phases(numbers: Sequence[int]) -> np.ndarray:
     return np.modf(np.asarray(numbers) * golden)[0].astype(np.float32)
 
 
-def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
+def is_due(state: AnyStackState, phases: Array, timing: RefreshTiming) -> Array:
     """Whether each block is due for a refresh if its gradient is accepted, `(blocks,)`.
 
     A block is due if it has factors and no basis yet, or `frequency` updates after its last refresh
@@ -74,64 +87,63 @@ def is_due(state: StackState, phases: Array, timing: RefreshTiming) -> Array:
 
 # Outside `jax.jit` a conditional is compiled again in every call, because its branches are new
 # functions in each call: seconds, where the step takes a millisecond.
-@partial(jax.jit, static_argnames=("axes", "lengths"))
+@partial(jax.jit, static_argnames=("form", "equations"))
 def refresh_if_due(
-    state: StackState,
+    fields: Any,
+    factors: tuple[Array, ...],
     due: Array,
-    axes: tuple[int, ...],
-    lengths: tuple[int, ...],
-    rule: RefreshRule,
-) -> StackState:
-    """Refreshes the bases of the blocks that are due.
+    rule: Any,
+    form: BlockForm,
+    equations: Equations,
+) -> tuple[tuple[Array, ...], Any]:
+    """Refreshes the preconditioners of the blocks that are due.
 
-    Only factors, bases, moments and counters pass through the conditional; the branch without a
-    refresh returns them without a copy. Factors do not change, but are returned as well. Otherwise
-    XLA copies them in every step, because later operations overwrite them while the refresh may
-    still read them.
+    Only factors and the fields that a refresh changes pass through the conditional; the branch
+    without a refresh returns them without a copy. Factors do not change, but are returned as well.
+    Otherwise XLA copies them in every step, because later operations overwrite them while the
+    refresh may still read them.
 
     Args:
-      state: the state of the stack.
+      fields: the fields of the stack that a refresh changes, see `Equations.fields_of`.
+      factors: the factors of the stack, as stored.
       due: whether each block is due, `(blocks,)`.
-      axes: the preconditioned axes of the blocks, ascending.
-      lengths: the lengths of these axes.
       rule: how to refresh.
+      form: what all blocks share.
+      equations: the equations of the blocks.
     """
-    old = EigenbasisState(**{name: getattr(state, name) for name in EigenbasisState._fields})
-    factors, new = lax.cond(
+    return lax.cond(
         any_unbatched(due),
-        partial(_refresh_blocks, axes, lengths),
-        lambda _due, factors, old, _rule: (factors, old),
+        partial(_refresh_blocks, form, equations),
+        lambda _due, factors, fields, _rule: (factors, fields),
         due,
-        state.factors,
-        old,
+        factors,
+        fields,
         rule,
     )
-    return state._replace(factors=factors, **new._asdict())
 
 
 def _refresh_blocks(
-    axes: Sequence[int],
-    lengths: Sequence[int],
+    form: BlockForm,
+    equations: Equations,
     due: Array,
     factors: tuple[Array, ...],
-    states: EigenbasisState,
-    rule: RefreshRule,
-) -> tuple[tuple[Array, ...], EigenbasisState]:
+    states: Any,
+    rule: Any,
+) -> tuple[tuple[Array, ...], Any]:
     """Loops over a stack and refreshes the blocks that are due."""
-    dtype = jax.tree.leaves(states.nu)[0].dtype
-    if rule.tolerance is not None:  # In a `shard_map` it then varies over devices, as blocks do.
-        tolerance = jnp.full_like(due[0], rule.tolerance, dtype=rule.tolerance.dtype)
-        rule = replace(rule, tolerance=tolerance)
+    # In a `shard_map`, the numbers of the rule then vary over devices, as blocks do.
+    rule = jax.tree.map(lambda number: jnp.full_like(due[0], number, dtype=number.dtype), rule)
 
-    def refresh(factors: tuple[Array, ...], state: EigenbasisState) -> EigenbasisState:
+    def refresh(factors: tuple[Array, ...], state: Any) -> Any:
         wide = tuple(
-            unfolded(factor, d).astype(dtype) for factor, d in zip(factors, lengths, strict=True)
+            unfolded(factor, d).astype(form.dtype)
+            for factor, d in zip(factors, form.lengths, strict=True)
         )
-        return algorithm.refresh(state, wide, axes, rule)
+        return equations.refresh(state, wide, form.axes, rule)
 
     def refresh_block_if_due(
-        states: EigenbasisState, block: tuple[Array, Array, tuple[Array, ...]]
-    ) -> tuple[EigenbasisState, None]:
+        states: Any, block: tuple[Array, Array, tuple[Array, ...]]
+    ) -> tuple[Any, None]:
         number, due, factors = block
         state = jax.tree.map(lambda stack: stack[number], states)
         state = lax.cond(due, refresh, lambda _factors, state: state, factors, state)

@@ -63,9 +63,9 @@ def check_checkpoint(checkpoint: Any, expected: Any) -> None:
             + (f" (and {len(others)} more, the last {others[-1]})" if others else "")
             + "; likely it has another model or another layout version, or was written with "
             "another block_size, max_precond_dim, merge_dims, precondition_1d, dimension_numbers, "
-            "one_sided, factored, fold_factors, factor_estimator, mu_dtype, preconditioner_dtype "
-            "or stack_multiple (which is the number of shards of stack_sharding where it is not "
-            "given): use those of the run that wrote it"
+            "one_sided, factored, fold_factors, factor_estimator, grafting, mu_dtype, "
+            "preconditioner_dtype or stack_multiple (which is the number of shards of "
+            "stack_sharding where it is not given): use those of the run that wrote it"
         )
 
 

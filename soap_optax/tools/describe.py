@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ import numpy as np
 
 from soap_optax.alias import soap
 from soap_optax.blocks import BlockOptions, Plan, plan_of
-from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.shampoo_alias import shampoo
+from soap_optax.shampoo_transform import scale_by_shampoo
+from soap_optax.state import AdamState, AnyStackState, PreconditionerState
 from soap_optax.transform import scale_by_soap
 
 
@@ -72,7 +74,7 @@ class Description:
         return _aligned(table)
 
 
-def describe(params: Any, **options: Any) -> Description:
+def describe(params: Any, *, optimizer: Callable[..., Any] = soap, **options: Any) -> Description:
     """Reports each parameter's blocks, preconditioned axes and bytes of state.
 
     Reads shapes and dtypes only, and allocates nothing. Blocks and bytes are exact: they come from
@@ -91,28 +93,41 @@ def describe(params: Any, **options: Any) -> Description:
     Args:
       params: the parameters, as arrays or as `jax.ShapeDtypeStruct`, such as `jax.eval_shape`
         returns.
-      **options: arguments of `soap`, by name, so that one dictionary serves both. Options that do
-        not decide shapes have no effect.
+      optimizer: the function that makes the optimizer, `soap` or `shampoo`.
+      **options: arguments of `optimizer`, by name, so that one dictionary serves both. Options that
+        do not decide shapes have no effect.
 
     Returns:
       A description to print, or to read row by row.
 
     Raises:
-      TypeError: for an option that `soap` does not have, and if `scale_by_soap` raises it.
-      ValueError: if `scale_by_soap` raises it.
+      TypeError: for an option that `optimizer` does not have, and if building it raises it.
+      ValueError: if `optimizer` is another function, and if building it raises it.
     """
-    known = {name: option.default for name, option in inspect.signature(soap).parameters.items()}
+    build = next((made for given, made in _TRANSFORMATIONS if given is optimizer), None)
+    if build is None:
+        raise ValueError(
+            f"optimizer must be soap_optax.soap or soap_optax.shampoo, got {optimizer!r}; pass the "
+            "function, not what it returns"
+        )
+    known = {
+        name: option.default for name, option in inspect.signature(optimizer).parameters.items()
+    }
     for name in options:
         if name not in known:
             raise TypeError(
-                f"describe takes the options of soap_optax.soap, which has no {name!r}; it has "
-                + ", ".join(known)
+                f"describe takes the options of soap_optax.{optimizer.__name__}, which has no "
+                f"{name!r}; it has " + ", ".join(known)
             )
     known |= options
-    optimizer = scale_by_soap(**{name: known[name] for name in _arguments_of(scale_by_soap)})
+    transformation = build(**{name: known[name] for name in _arguments_of(build)})
     block_options = BlockOptions(**{name: known[name] for name in _arguments_of(BlockOptions)})
     plan = plan_of(params, block_options, known["dimension_numbers"])
-    return _described(params, plan, jax.eval_shape(optimizer.init, params))
+    return _described(params, plan, jax.eval_shape(transformation.init, params))
+
+
+# The transformation of each optimizer, which has the state.
+_TRANSFORMATIONS = ((soap, scale_by_soap), (shampoo, scale_by_shampoo))
 
 
 def _described(params: Any, plan: Plan, state: Any) -> Description:
@@ -141,7 +156,7 @@ def _described(params: Any, plan: Plan, state: Any) -> Description:
     return Description(rows, shared_bytes=_bytes(state) - sum(shares))
 
 
-def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
+def _bytes_by_leaf(plan: Plan, state: PreconditionerState) -> list[int]:
     """Each leaf's bytes: stacks are shared by blocks, and Adam's vectors by entries."""
     shares = [0] * len(plan.shapes)
     for name, group in plan.stacks.items():
@@ -156,7 +171,7 @@ def _bytes_by_leaf(plan: Plan, state: ScaleBySoapState) -> list[int]:
     return shares
 
 
-def _bytes_of_a_block(stack: StackState) -> int:
+def _bytes_of_a_block(stack: AnyStackState) -> int:
     return _bytes(stack) // stack.age.size
 
 

@@ -18,13 +18,20 @@ from soap_optax.algorithm import rounding_level, second_moment_estimate
 from soap_optax.devices import replicate_explicit
 from soap_optax.linalg import (
     departure_from_orthonormality,
+    frobenius_norm,
     largest_magnitude,
     matmul,
     off_diagonal_mass,
     rayleigh_quotients,
     unfolded,
 )
-from soap_optax.state import AdamState, ScaleBySoapState, StackState
+from soap_optax.state import (
+    AdamState,
+    AnyStackState,
+    PreconditionerState,
+    ScaleByShampooState,
+    ShampooStackState,
+)
 
 
 def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
@@ -51,10 +58,20 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
 
     The first three are the largest over the factors of the first `sample` blocks. The fourth covers
     all blocks. ``soap/adam/direction_rms`` is the same for parameters without a preconditioner,
-    where all entries with :math:`V > 0` count. For all blocks and parameters together:
+    where all entries with :math:`V > 0` count.
+
+    The keys of `shampoo` begin with ``shampoo/``. Its ``direction_rms`` is that of the method to
+    graft onto, where that has a second moment. Its roots have one scalar in place of the first
+    three:
+
+    - ``shampoo/512x2048/commutator``: :math:`\|L P - P L\|_F / (\|L\|_F \|P\|_F)` of a factor and
+      its root. It is 0 right after a refresh, up to rounding, and grows while the factor's
+      eigenvectors move away from those of the root.
+
+    These scalars are for all blocks and parameters together:
 
     - ``soap/age``: the largest number of updates since a block's last refresh was due.
-    - ``soap/refreshes``: number of bases adopted so far, summed over the blocks.
+    - ``soap/refreshes``: number of refreshes adopted so far, summed over the blocks.
     - ``soap/rejected_refreshes``: number of refreshes rejected so far, summed over the blocks.
     - ``soap/rejected_gradients``: number of gradients rejected so far, summed over the blocks and
       the parameters without a preconditioner.
@@ -75,33 +92,41 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
       0
 
     Args:
-      state: the state of any Optax transformation with a `ScaleBySoapState` inside. With several,
-        as under `optax.partition`, the keys begin with ``soap_0/``, ``soap_1/`` and so on, in the
-        order of the tree.
+      state: the state of any Optax transformation with a `ScaleBySoapState` or a
+        `ScaleByShampooState` inside. With several of one kind, as under `optax.partition`, the keys
+        begin with ``soap_0/``, ``soap_1/`` and so on, in the order of the tree.
       sample: number of blocks of each shape to measure, from the first on; None means all.
 
     Returns:
       Scalars by name, float32 or int32.
 
     Raises:
-      ValueError: if `state` has no `ScaleBySoapState` inside, or `sample` is less than 1.
+      ValueError: if `state` has no such state inside, or `sample` is less than 1.
       TypeError: if `sample` is not an integer.
     """
     _check_sample(sample)
-    states = [
-        _arrays_of(node) for node in jax.tree.leaves(state, is_leaf=_is_soap) if _is_soap(node)
-    ]
+    nodes = jax.tree.leaves(state, is_leaf=_has_stacks)
+    states = [_arrays_of(node) for node in nodes if _has_stacks(node)]
     if not states:
         raise ValueError(
-            f"state must have a ScaleBySoapState inside, got {type(state).__name__}; pass the "
-            "whole state that the optimizer's init or update returned"
+            "state must have a ScaleBySoapState or a ScaleByShampooState inside, got "
+            f"{type(state).__name__}; pass the whole state that the optimizer's init or update "
+            "returned"
         )
-    prefixes = ["soap"] if len(states) == 1 else [f"soap_{n}" for n in range(len(states))]
     return {
         f"{prefix}/{name}": scalar
-        for prefix, soap_state in zip(prefixes, states, strict=True)
-        for name, scalar in _scalars_of(soap_state, sample).items()
+        for prefix, one in zip(_prefixes(states), states, strict=True)
+        for name, scalar in _scalars_of(one, sample).items()
     }
+
+
+def _prefixes(states: Sequence[PreconditionerState]) -> list[str]:
+    """The first part of the keys of each state, with a number if there are several of its kind."""
+    kinds = ["shampoo" if isinstance(one, ScaleByShampooState) else "soap" for one in states]
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:number].count(kind)}"
+        for number, kind in enumerate(kinds)
+    ]
 
 
 def condition_number(quotients: Array) -> Array:
@@ -131,7 +156,7 @@ def _direction(mu: Array, root: Array, rounding: ArrayLike) -> tuple[Array, Arra
     return jnp.sum(jnp.square(direction)), jnp.sum(counts, dtype=jnp.int32)
 
 
-def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]:
+def _scalars_of(state: PreconditionerState, sample: int | None) -> dict[str, Array]:
     stacks, vectors = list(state.stacks.values()), list(state.adam.values())
     scalars = {
         f"{shape}/{name}": scalar
@@ -148,25 +173,34 @@ def _scalars_of(state: ScaleBySoapState, sample: int | None) -> dict[str, Array]
     }
 
 
-def _scalars_of_stack(stack: StackState, sample: int | None) -> dict[str, Array]:
+def _scalars_of_stack(stack: AnyStackState, sample: int | None) -> dict[str, Array]:
+    roots = stack.roots if isinstance(stack, ShampooStackState) else ()
+    measure = _scalars_of_root if roots else _scalars_of_factor
     worst = functools.reduce(
         functools.partial(jax.tree.map, jnp.maximum),
         [
-            jax.tree.map(
-                largest_magnitude, jax.vmap(_scalars_of_factor)(*_sampled(pair, stack, sample))
-            )
-            for pair in zip(stack.factors, stack.bases, strict=True)
+            jax.tree.map(largest_magnitude, jax.vmap(measure)(*_sampled(pair, stack, sample)))
+            for pair in zip(stack.factors, roots or stack.bases, strict=True)
         ],
     )
+    scalars = worst | _direction_rms_of_stack(stack)
+    return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
+
+
+def _direction_rms_of_stack(stack: AnyStackState) -> dict[str, Array]:
+    """The root mean square of the direction of a stack, if it has a second moment."""
+    if isinstance(stack, ShampooStackState) and isinstance(stack.nu, tuple):
+        return {}
     # A state made under `vmap` has more leading axes than the axis of blocks.
     mu, nu = jax.tree.map(
         lambda array: array.reshape(stack.age.size, *array.shape[stack.age.ndim :]),
         (stack.mu, stack.nu),
     )
     root = jnp.sqrt(jax.vmap(second_moment_estimate)(nu))
+    if isinstance(stack, ShampooStackState):  # Not rotated, so that its zeros are exact.
+        return {"direction_rms": direction_rms(mu, root, rounding=0)}
     rounding = jax.vmap(rounding_level)(root).reshape([-1] + [1] * (root.ndim - 1))
-    scalars = worst | {"direction_rms": direction_rms(mu, root, rounding)}
-    return {name: scalar.astype(jnp.float32) for name, scalar in scalars.items()}
+    return {"direction_rms": direction_rms(mu, root, rounding)}
 
 
 def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
@@ -180,7 +214,21 @@ def _scalars_of_factor(factor: Array, basis: Array) -> dict[str, Array]:
     }
 
 
-def _sampled(pair: Sequence[Array], stack: StackState, sample: int | None) -> list[Array]:
+def _scalars_of_root(factor: Array, root: Array) -> dict[str, Array]:
+    wide = jnp.float64 if factor.dtype == jnp.float64 else jnp.float32
+    factor, root = unfolded(factor, len(root)).astype(wide), root.astype(wide)
+    factor, root = _unit(factor), _unit(root)
+    product = matmul(factor, root)
+    return {"commutator": frobenius_norm(product - product.T)}
+
+
+def _unit(matrix: Array) -> Array:
+    """The matrix divided by its Frobenius norm; a matrix of zeros as it is."""
+    size = frobenius_norm(matrix)
+    return matrix / jnp.where(size == 0, 1, size)
+
+
+def _sampled(pair: Sequence[Array], stack: AnyStackState, sample: int | None) -> list[Array]:
     """The factors and bases of the first blocks, `(sample, d, d)`."""
     length = stack.age.size
     stacked = [array.reshape(length, *array.shape[-2:]) for array in pair]
@@ -214,11 +262,11 @@ def _total(counters: Sequence[Array]) -> Array:
     return sum((jnp.sum(counter, dtype=jnp.int32) for counter in counters), jnp.int32(0))
 
 
-def _is_soap(node: Any) -> bool:
-    return isinstance(node, ScaleBySoapState)
+def _has_stacks(node: Any) -> bool:
+    return isinstance(node, PreconditionerState)
 
 
-def _arrays_of(state: ScaleBySoapState) -> ScaleBySoapState:
+def _arrays_of(state: PreconditionerState) -> PreconditionerState:
     """The state with plain arrays: `flax.nnx.Optimizer` wraps each array in a variable."""
     return jax.tree.map(jnp.asarray, state, is_leaf=lambda node: hasattr(node, "__jax_array__"))
 

@@ -9,7 +9,7 @@ import soap_optax
 PACKAGE = pathlib.Path(soap_optax.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Users call these with keywords, and their bodies check arguments.
-PUBLIC_CONSTRUCTORS = {"soap", "scale_by_soap"}
+PUBLIC_CONSTRUCTORS = {"soap", "scale_by_soap", "shampoo", "scale_by_shampoo"}
 
 MOST_PARAMETERS = 6
 MOST_LINES_OF_A_BODY = 40

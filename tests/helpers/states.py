@@ -28,13 +28,11 @@ def put_bases(state: Any, bases: Sequence[np.ndarray]) -> Any:
     return map_soap_state(put, state)
 
 
-def map_soap_state(
-    function: Callable[[soap_optax.ScaleBySoapState], soap_optax.ScaleBySoapState], state: Any
-) -> Any:
-    """Applies a function to every `ScaleBySoapState` inside an optimizer's state."""
+def map_soap_state(function: Callable[[Any], Any], state: Any) -> Any:
+    """Applies a function to every state with stacks inside an optimizer's state."""
 
     def is_soap_state(node: Any) -> bool:
-        return isinstance(node, soap_optax.ScaleBySoapState)
+        return isinstance(node, soap_optax.ScaleBySoapState | soap_optax.ScaleByShampooState)
 
     return jax.tree.map(
         lambda node: function(node) if is_soap_state(node) else node, state, is_leaf=is_soap_state
@@ -54,9 +52,11 @@ def put_full_rank_factors(state: Any) -> Any:
         stored = full if factor.shape == basis.shape else triangle.fold(full)
         return jnp.broadcast_to(stored, factor.shape)
 
-    def put(soap_state: soap_optax.ScaleBySoapState) -> soap_optax.ScaleBySoapState:
+    def put(soap_state: Any) -> Any:
         stacks = {
-            name: stack._replace(factors=tuple(map(fill, stack.factors, stack.bases)))
+            name: stack._replace(
+                factors=tuple(map(fill, stack.factors, stack.bases or stack.roots))
+            )
             for name, stack in soap_state.stacks.items()
         }
         return soap_state._replace(stacks=stacks)

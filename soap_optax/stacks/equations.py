@@ -1,0 +1,174 @@
+"""Which equations the blocks of a stack follow: an interface, and its implementation for SOAP.
+
+Everything else of a stack is the same for SOAP and Shampoo: when a block is refreshed, the loop
+over blocks, the guards of gradients, meshes. `soap_optax.stacks.shampoo_equations` has Shampoo's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from soap_optax import algorithm
+from soap_optax.algorithm import (
+    INITIAL_EIGENVALUE,
+    EigenbasisState,
+    Hyperparameters,
+    RefreshRule,
+)
+from soap_optax.blocks import Group
+from soap_optax.linalg import folded_shape
+from soap_optax.stacks import factors
+from soap_optax.stacks.storage import StorageOptions, narrower
+from soap_optax.state import ScaleBySoapState, StackState
+
+
+class Equations(Protocol):
+    """The equations of a block, and the fields of the state that they read and change.
+
+    Objects are hashable, so that `jax.jit` can take them as static arguments.
+    """
+
+    @property
+    def state_type(self) -> Any:
+        """The NamedTuple of the optimizer's state."""
+        ...
+
+    def initial_stack(self, group: Group, storage: StorageOptions) -> Any:
+        """The state of a stack before the first gradient."""
+        ...
+
+    def rule(self, hyper: Any, rule: RefreshRule) -> Any:
+        """How a block is refreshed, as `refresh` takes it."""
+        ...
+
+    def fields_of(self, state: Any, averaged_gradients: Array) -> Any:
+        """The fields of a stack that a refresh reads and changes, as a NamedTuple.
+
+        Args:
+          state: the state of the stack.
+          averaged_gradients: the number of gradients in the factors of each block, `(blocks,)`.
+        """
+        ...
+
+    def with_fields(self, state: Any, fields: Any) -> Any:
+        """The state of a stack with the fields after a refresh."""
+        ...
+
+    def refresh(self, fields: Any, factors: Sequence[Array], axes: Sequence[int], rule: Any) -> Any:
+        """Refreshes one block from its factors, `(d, d)`, in the dtype of the statistics."""
+        ...
+
+    def step(
+        self,
+        grad: Array,
+        accepted: Array,
+        state: Any,
+        axes: Sequence[int],
+        hyper: Any,
+        averages_factors: bool,
+    ) -> tuple[Array, Any]:
+        """Takes a step with one block, and averages the gradient into its factors if asked to."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoapEquations:
+    """The equations of SOAP; see `Equations`."""
+
+    @property
+    def state_type(self) -> type[ScaleBySoapState]:
+        """See `Equations`."""
+        return ScaleBySoapState
+
+    def initial_stack(self, group: Group, storage: StorageOptions) -> StackState:
+        """Zero statistics, and the identity as every basis."""
+        length, dtype = group.length, group.dtype
+        if storage.factored:
+            nu = tuple(jnp.zeros((length, d), dtype) for d in group.block)
+        else:
+            nu = jnp.zeros((length, *group.block), dtype)
+        return StackState(
+            accepted_gradients=jnp.zeros(length, jnp.int32),
+            rejected_gradients=jnp.zeros(length, jnp.int32),
+            factors=initial_factors(group, storage),
+            mu=jnp.zeros((length, *group.block), narrower(storage.mu_dtype, dtype)),
+            nu=nu,
+            bases=identities(group, storage),
+            age=jnp.zeros(length, jnp.int32),
+            refreshes=jnp.zeros(length, jnp.int32),
+            rejected_refreshes=jnp.zeros(length, jnp.int32),
+            eigenvalues=initial_eigenvalues(group, storage),
+        )
+
+    def rule(self, hyper: Hyperparameters, rule: RefreshRule) -> RefreshRule:
+        """See `Equations`."""
+        del hyper
+        return rule
+
+    def fields_of(self, state: StackState, averaged_gradients: Array) -> EigenbasisState:
+        """See `Equations`."""
+        del averaged_gradients
+        return EigenbasisState(**{name: getattr(state, name) for name in EigenbasisState._fields})
+
+    def with_fields(self, state: StackState, fields: EigenbasisState) -> StackState:
+        """See `Equations`."""
+        return state._replace(**fields._asdict())
+
+    def refresh(
+        self,
+        fields: EigenbasisState,
+        factors: Sequence[Array],
+        axes: Sequence[int],
+        rule: RefreshRule,
+    ) -> EigenbasisState:
+        """See `Equations`."""
+        return algorithm.refresh(fields, factors, axes, rule)
+
+    def step(
+        self,
+        grad: Array,
+        accepted: Array,
+        state: StackState,
+        axes: Sequence[int],
+        hyper: Hyperparameters,
+        averages_factors: bool,
+    ) -> tuple[Array, StackState]:
+        """See `Equations`."""
+        beta = hyper.shampoo_beta
+        rotated = factors.rotations(grad, state, axes, hyper.precision)
+        by_others, whole = rotated or (None, None)
+        update, new = algorithm.step_block(grad, accepted, state, axes, hyper, whole)
+        if averages_factors:
+            averages = factors.average_factors(grad, accepted, state, by_others, axes, beta)
+            new = new._replace(factors=averages)
+        eigenvalues = factors.average_eigenvalues(accepted, state, rotated, axes, beta)
+        return update, new._replace(eigenvalues=eigenvalues)
+
+
+SOAP = SoapEquations()
+
+
+def initial_factors(group: Group, storage: StorageOptions) -> tuple[Array, ...]:
+    """Factors of zeros, folded or not."""
+    narrow = narrower(storage.preconditioner_dtype, group.dtype)
+    lengths = [group.block[axis] for axis in group.axes]
+    shapes = [folded_shape(d) if storage.fold_factors else (d, d) for d in lengths]
+    return tuple(jnp.zeros((group.length, *shape), narrow) for shape in shapes)
+
+
+def identities(group: Group, storage: StorageOptions) -> tuple[Array, ...]:
+    """The identity for each preconditioned axis."""
+    narrow = narrower(storage.preconditioner_dtype, group.dtype)
+    lengths = [group.block[axis] for axis in group.axes]
+    return tuple(jnp.tile(jnp.eye(d, dtype=narrow), (group.length, 1, 1)) for d in lengths)
+
+
+def initial_eigenvalues(group: Group, storage: StorageOptions) -> tuple[Array, ...]:
+    """The estimates of KL factors before the first gradient; none without KL factors."""
+    if storage.factor_estimator != "kl":
+        return ()
+    lengths = [group.block[axis] for axis in group.axes]
+    return tuple(jnp.full((group.length, d), INITIAL_EIGENVALUE, group.dtype) for d in lengths)
