@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from comparison.specs import Spec, options_of
-from comparison.widths import scale_by_width
 from jax import Array
 from jax.typing import ArrayLike
 from recipe import CLIP_NORM
 
 import soap_optax
+from comparison.specs import Spec, options_of
+from comparison.widths import scale_by_width
 
 SHORTEST_FACTORED = 8  # Adafactor factors matrices whose axes are at least this long.
 SHAMPOO_EXPONENT = 1 / 2.5  # tuned by the authors of SOAP, as is the grafting to Adam
@@ -166,8 +166,12 @@ CONTENDERS = {
     "shampoo": Contender("Shampoo", 1e-2, shampoo),
     "adafactor": Contender("Adafactor", 1e-2, adafactor, tuned=("weight_decay",), refreshes=False),
     "muon": Contender("Muon", 3.16e-2, muon, tuned=("weight_decay",), refreshes=False),
-    "lion": Contender("Lion", 1e-3, lion, tuned=("weight_decay",), b1=0.9, b2=0.99, refreshes=False),
-    "sgd": Contender("SGD, momentum", 3.16e-1, sgd, tuned=("weight_decay",), b1=0.9, refreshes=False),
+    "lion": Contender(
+        "Lion", 1e-3, lion, tuned=("weight_decay",), b1=0.9, b2=0.99, refreshes=False
+    ),
+    "sgd": Contender(
+        "SGD, momentum", 3.16e-1, sgd, tuned=("weight_decay",), b1=0.9, refreshes=False
+    ),
 }
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 import paper_gpt
 from byte_gpt import Size, even_batches, make_model, random_batches
-from comparison.contenders import Numbers, diagnose, make_optimizer, numbers_of
-from comparison.specs import Model, Spec
 from jax import Array
 from recipe import Text, warmed_up
 from saving import Checkpoints
+
+from comparison.contenders import Numbers, diagnose, make_optimizer, numbers_of
+from comparison.specs import Model, Spec
 
 
 class Data(NamedTuple):
@@ -61,10 +62,6 @@ class Result(NamedTuple):
         """Whether a loss was not finite. The run ended there."""
         last = self.points[-1]
         return not math.isfinite(last.held_out_loss + (last.train_loss if last.step else 0))
-
-
-class Stopped(Exception):
-    """The run was stopped between two steps. Its checkpoint is written."""
 
 
 # Programs -----------------------------------------------------------------------------------------
@@ -222,11 +219,12 @@ class Progress:
         self.losses = []
 
 
-def train(spec: Spec, program: Program, data: Data, hooks: Hooks) -> Result:
+def train(spec: Spec, program: Program, data: Data, hooks: Hooks) -> Result | None:
     """Trains to the last step, or until a loss is not finite.
 
-    Raises:
-      Stopped: `hooks.stop` was set. The next call continues.
+    Returns:
+      The result, or None if `hooks.stop` was set. Then a checkpoint is written, from which the next
+      call continues.
     """
     progress = Progress(spec, program)
     if hooks.has_checkpoints:
@@ -247,7 +245,7 @@ def train(spec: Spec, program: Program, data: Data, hooks: Hooks) -> Result:
             progress.save(hooks.open_checkpoints())
             saved = time.perf_counter()
             if hooks.stop.is_set():
-                raise Stopped
+                return None
     counters = {name: float(value) for name, value in program.diagnose(progress.state).items()}
     costs = (program.compile_seconds, program.parameters, program.state_bytes)
     return Result(progress.points, *costs, counters)

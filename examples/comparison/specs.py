@@ -60,9 +60,9 @@ class Spec:
     @property
     def columns(self) -> dict[str, Any]:
         """All settings in one level, as in a row of the CSV."""
-        names = [field.name for field in dataclasses.fields(self)]
-        values = {name: getattr(self, name) for name in names}
-        return {**values, "model": self.model.kind, **self.model._asdict()} | {"kind": None}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sizes = dict(zip(Model._fields[1:], self.model[1:], strict=True))
+        return values | {"model": self.model.kind} | sizes
 
     @property
     def name(self) -> str:
