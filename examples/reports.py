@@ -43,7 +43,9 @@ class Run:
     @staticmethod
     def from_record(record: dict[str, Any]) -> Run:
         """Returns the run that has this record."""
-        return Run(**record | {"rows": [Row(*row) for row in record["rows"]]})
+        fields: dict[str, Any] = dict(record)
+        fields["rows"] = [Row(*row) for row in record["rows"]]
+        return Run(**fields)
 
     @property
     def best_loss(self) -> float:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax import Array
-from jax.typing import ArrayLike
 from recipe import CLIP_NORM
 
 import soap_optax
@@ -24,11 +23,11 @@ SHAMPOO_EXPONENT = 1 / 2.5  # tuned by the authors of SOAP, as is the grafting t
 class Numbers(NamedTuple):
     """The numbers of a step that one compiled program takes as arguments."""
 
-    learning_rate: ArrayLike
-    b1: ArrayLike
-    b2: ArrayLike
-    weight_decay: ArrayLike
-    frequency: ArrayLike
+    learning_rate: Array
+    b1: Array
+    b2: Array
+    weight_decay: Array
+    frequency: Array
 
 
 Optimizer = optax.GradientTransformation
@@ -69,16 +68,18 @@ def decayed(direction: Optimizer, numbers: Numbers) -> Optimizer:
     )
 
 
-def frequency_of(numbers: Numbers, thinning: int | None) -> Any:
-    """The frequency, or a schedule of `thinning_frequency` with `thinning` as first argument."""
-    if thinning is None:
+def frequency_of(numbers: Numbers, dense: int | None, most: int | None) -> Any:
+    """The frequency, or the schedule `thinning_frequency` if its arguments are given."""
+    if dense is None or most is None:
         return numbers.frequency
-    return soap_optax.thinning_frequency(thinning, numbers.frequency)
+    return soap_optax.thinning_frequency(dense, most)
 
 
-def soap_direction(numbers: Numbers, thinning: int | None = None, **options: Any) -> Optimizer:
+def soap_direction(
+    numbers: Numbers, dense: int | None = None, most: int | None = None, **options: Any
+) -> Optimizer:
     """SOAP's direction."""
-    frequency = frequency_of(numbers, thinning)
+    frequency = frequency_of(numbers, dense, most)
     return soap_optax.scale_by_soap(
         numbers.b1, numbers.b2, precondition_frequency=frequency, **options
     )
@@ -102,13 +103,15 @@ def between_embedding_and_head(params: Any) -> Any:
     return jax.tree.map(lambda label: label == "soap", soap_optax.default_labels(params))
 
 
-def shampoo(numbers: Numbers, thinning: int | None = None, **options: Any) -> Optimizer:
+def shampoo(
+    numbers: Numbers, dense: int | None = None, most: int | None = None, **options: Any
+) -> Optimizer:
     """Shampoo as its comparison with SOAP tuned it."""
     direction = soap_optax.scale_by_shampoo(
         numbers.b1,
         numbers.b2,
         exponent=SHAMPOO_EXPONENT,
-        precondition_frequency=frequency_of(numbers, thinning),
+        precondition_frequency=frequency_of(numbers, dense, most),
         **options,
     )
     return decayed(direction, numbers)
@@ -193,8 +196,8 @@ def make_optimizer(spec: Spec, numbers: Numbers) -> Optimizer:
 
 def numbers_of(spec: Spec, learning_rate: float) -> Numbers:
     """The arguments of a step, in the dtypes for which it is compiled."""
-    floats = (learning_rate, spec.b1, spec.b2, spec.weight_decay)
-    return Numbers(*map(jnp.float32, floats), jnp.int32(spec.frequency))
+    rate, b1, b2, decay = map(jnp.float32, (learning_rate, spec.b1, spec.b2, spec.weight_decay))
+    return Numbers(rate, b1, b2, decay, jnp.int32(spec.frequency))
 
 
 def diagnose(spec: Spec, state: optax.OptState) -> dict[str, Array]:

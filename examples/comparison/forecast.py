@@ -85,12 +85,18 @@ def operations(model: Model, tokens: int) -> float:
     return tokens * (6 * parameters_of(model) + attention)
 
 
-def assumed_loss(spec: Spec, worst: bool) -> float:
-    """A loss with its lowest point at the default rate or, at worst, as far away as possible."""
+def assumed_loss(spec: Spec, highest: float, worst: bool) -> float:
+    """A loss with its lowest point at the default rate or, at worst, as far away as possible.
+
+    Args:
+      spec: the settings of the run.
+      highest: of the known losses. No assumed loss is below it, except at worst.
+      worst: whether the loss prolongs every search.
+    """
     rate = math.log(spec.learning_rate / CONTENDERS[spec.contender].learning_rate)
     if worst:
         return float(spec.contender == "adamw") - rate  # SOAP needs far fewer steps.
-    return rate**2 + 1 / spec.steps
+    return highest + rate**2 + 1 / spec.steps
 
 
 def left(
@@ -108,8 +114,9 @@ def left(
     """
     known: dict[Spec, float] = dict(losses)
     added: list[Spec] = []
+    highest = max(filter(math.isfinite, known.values()), default=0.0)
     while missing := plan_of(studies, preset, known).missing:
-        known |= {spec: assumed_loss(spec, worst) for spec in missing}
+        known |= {spec: assumed_loss(spec, highest, worst) for spec in missing}
         added += missing
     return Forecast(len(added), clock.total(added, preset))
 

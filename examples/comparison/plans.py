@@ -69,20 +69,18 @@ def valley(plan: Plan, base: Spec, preset: Preset, margin: float = 0.0) -> list[
     """
     reach = preset.rates // 2
     places = list(range(-reach, reach + 1))
-    for _ in range(preset.extensions + 1):
+    most = preset.rates + (preset.extensions if reach else 0)
+    while True:
         grid = [base.but(learning_rate=base.learning_rate * HALF_DECADE**place) for place in places]
         if not plan.need(grid):
             return None
         limit = plan.losses[plan.best(grid)] + margin
         low, high = plan.losses[grid[0]] <= limit, plan.losses[grid[-1]] <= limit
-        if not (low or high) or len(places) - preset.rates >= preset.extensions:
-            return grid
-        if preset.rates == 1:
+        if not (low or high) or len(places) >= most:
             return grid
         # One rate at a time, where the loss is lower.
         go_low = low and (not high or plan.losses[grid[0]] <= plan.losses[grid[-1]])
         places = [places[0] - 1, *places] if go_low else [*places, places[-1] + 1]
-    return grid
 
 
 def best_rate(plan: Plan, base: Spec, preset: Preset) -> Spec | None:

@@ -103,14 +103,19 @@ def spec_of(row: Mapping[str, str]) -> Spec:
     Raises:
       KeyError, ValueError: a column is missing or has no number.
     """
-    numbers = {"learning_rate": float, "b1": float, "b2": float, "weight_decay": float}
-    numbers |= dict.fromkeys(("frequency", "steps", "batch_size", "seed"), int)
     model = Model(row["model"], *(int(row[name]) for name in Model._fields[1:]))
     return Spec(
         contender=row["contender"],
         options=row["options"],
+        learning_rate=float(row["learning_rate"]),
+        b1=float(row["b1"]),
+        b2=float(row["b2"]),
+        weight_decay=float(row["weight_decay"]),
+        frequency=int(row["frequency"]),
         model=model,
-        **{name: read(row[name]) for name, read in numbers.items()},
+        steps=int(row["steps"]),
+        batch_size=int(row["batch_size"]),
+        seed=int(row["seed"]),
     )
 
 

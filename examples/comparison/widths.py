@@ -47,7 +47,8 @@ def width_scales(params: Any, base_width: int, block_size: int | None) -> Any:
             length * base_width // width if growing else length
             for length, growing in zip(leaf.shape, grows, strict=True)
         ]
-        return rule(*leaf.shape, block_size) / rule(*at_base, block_size)
+        (inputs, outputs), (base_inputs, base_outputs) = leaf.shape, at_base
+        return rule(inputs, outputs, block_size) / rule(base_inputs, base_outputs, block_size)
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
