@@ -15,12 +15,12 @@ from comparison.specs import Model, Spec
 # Floating-point operations in a second that forecasts expect before anything is measured. The first
 # was measured on two CPU cores. The second is an assumption, a quarter of an H100's 990 TFLOPS in
 # bfloat16: nothing has been measured.
-CPU_SPEED = 25e9
+CPU_SPEED = 22e9
 GPU_SPEED = 250e12
 COMPILE_SECONDS = {"cpu": 6.0, "gpu": 60.0}
 # Seconds of a SOAP step on two CPU cores besides its model, for each cubed width and layer, plain
 # and with a refresh.
-PLAIN_STEP, REFRESH = 1.5e-9, 6e-8
+PLAIN_STEP, REFRESH = 2e-9, 2.5e-7
 
 
 class Forecast(NamedTuple):

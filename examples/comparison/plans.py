@@ -154,7 +154,7 @@ def learning_rate(plan: Plan, preset: Preset) -> None:
                 with_seeds(plan, spec, preset.seeds)
 
 
-THINNED = (10, 100)  # frequencies that are also the last interval of `thinning_frequency`
+THINNED = (10,)  # frequencies that are also the last interval of `thinning_frequency`
 DENSE = 20
 
 
@@ -215,9 +215,9 @@ def of_width(preset: Preset, grid: Grid, width: int) -> dict[str, object]:
 
 
 def tiles(plan: Plan, preset: Preset) -> None:
-    """SOAP without tiles, and with tiles of the whole width, a half and a quarter of it."""
+    """SOAP without tiles, and with tiles of a half and a quarter of the width."""
     for width in preset.tiles.values:
-        for block_size in (None, width, width // 2, width // 4):
+        for block_size in (None, width // 2, width // 4):
             options = f"block_size={block_size}" if block_size else ""
             base = preset.spec("soap", options, **of_width(preset, preset.tiles, width))
             with_seeds(plan, best_rate(plan, base, preset), preset.seeds)

@@ -145,7 +145,7 @@ PRESETS = {
         width=Grid((16, 32, 64), 1, 150),
     ),
     "cpu": Preset(
-        model=Model("byte", 3, 64, 2, 64),
+        model=Model("byte", 2, 64, 2, 64),
         batch_size=32,
         steps=600,
         seeds=(0, 1, 2),
@@ -154,7 +154,7 @@ PRESETS = {
         shortened=("soap", "soap-kl", "shampoo", "muon"),
         tunes=True,
         rates=3,
-        extensions=3,
+        extensions=2,
         evaluations=12,
         held_out_batches=(8, 64),
         studies=(
@@ -167,10 +167,10 @@ PRESETS = {
             "width",
         ),
         budget_hours=14,
-        frequency=Grid(FREQUENCIES, 2, 1600),
+        frequency=Grid(FREQUENCIES, 1, 1600),
         batch=Grid((2**10, 2**12, 2**14, 2**16), 2, 2**22),
-        tiles=Grid((64, 128, 256), 2, 300),
-        width=Grid((32, 64, 128, 256), 2, 300),
+        tiles=Grid((64, 128, 256), 1, 250),
+        width=Grid((32, 64, 128, 256), 1, 250),
     ),
     "gpu": Preset(
         model=Model("paper", 10, 512, 8, 512),

@@ -1,7 +1,7 @@
 """Makes the pictures and tables of docs/explanation/reproduction.md from the committed CSVs.
 
     python tests/benchmarks/reproduction.py            draw, and update the page
-    python tests/benchmarks/reproduction.py --check    write nothing; exit with 1 if a table is stale
+    python tests/benchmarks/reproduction.py --check    write nothing; exit with 1 if it is stale
 
 The page has a block for each study of each preset, between `<!-- begin PRESET STUDY -->` and
 `<!-- end -->`. The folder docs/data/PRESET has the CSVs that examples/compare_optimizers.py writes
@@ -19,8 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from comparison.claims import claims
 from comparison.plans import STUDIES, plan_of
@@ -30,6 +29,7 @@ from comparison.specs import Spec
 from comparison.tables import TABLES, losses
 from reproduction_plots import PICTURES
 
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "explanation" / "reproduction.md"
 DATA = ROOT / "docs" / "data"
 IMAGES = ROOT / "docs" / "images"

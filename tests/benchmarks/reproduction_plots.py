@@ -174,16 +174,15 @@ def memory(preset: Preset, records: Records, curves: Curves) -> Figure:
 def tiles(preset: Preset, records: Records, curves: Curves) -> Figure:
     """The loss over the number of tiles along the width."""
     figure, (axes,) = canvas()
-    values = {"": 0.5}
 
     def cuts(spec: Spec) -> float:
         size = spec.options.removeprefix("block_size=")
-        return values[""] if not size else spec.model.width / int(size)
+        return spec.model.width / int(size) if size else 1.0
 
     best = best_runs("tiles", preset, records)
     lines(axes, records, best, lambda spec: f"width {spec.model.width}", cuts)
     axes.set(xscale="log", xlabel="width / block_size", ylabel=LOSS)
-    axes.set_xticks([0.5, 1, 2, 4], ["no tiles", "1", "2", "4"])
+    axes.set_xticks([1, 2, 4], ["no tiles", "2", "4"])
     axes.minorticks_off()
     return figure
 
