@@ -26,8 +26,15 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # On two cores, the threads of OpenBLAS and XLA compete. OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -259,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --out: cannot write to {error.filename}: {error.strerror}")
     before = signal.signal(signal.SIGINT, lambda *_: stop_or_raise(runner.stop))
     try:
-        problem = train_all(runner)
+        with only_process(parser, settings.folder):
+            problem = train_all(runner)
     finally:
         signal.signal(signal.SIGINT, before)
     for table in tables_of(settings.studies, settings.preset, runner.records):
@@ -273,6 +281,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"\nRows and curves are in {settings.folder}.")
     return 0
+
+
+@contextmanager
+def only_process(parser: argparse.ArgumentParser, folder: Path) -> Iterator[None]:
+    """Locks the folder of results, on systems that can. Exits with an error if it is locked."""
+    with (folder / "lock").open("w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                parser.error(f"argument --out: another process is writing to {folder}")
+        yield
 
 
 def stop_or_raise(stop: threading.Event) -> None:

@@ -17,7 +17,8 @@ from comparison.specs import Model, Spec
 # bfloat16: nothing has been measured.
 CPU_SPEED = 22e9
 GPU_SPEED = 250e12
-COMPILE_SECONDS = {"cpu": 6.0, "gpu": 60.0}
+COMPILE_SECONDS = {"cpu": 8.0, "gpu": 60.0}
+STEP_OVERHEAD = 3e-3  # seconds of a step that do not depend on its size
 # Seconds of a SOAP step on two CPU cores besides its model, for each cubed width and layer, plain
 # and with a refresh.
 PLAIN_STEP, REFRESH = 2e-9, 2.5e-7
@@ -38,7 +39,7 @@ class Clock:
         self.step_seconds: dict[tuple, float] = {}
         for record in records:
             if record.seconds > 0:
-                self.step_seconds[self.key(record.spec)] = record.seconds / record.steps_taken
+                self.step_seconds[self.key(record.spec)] = record.step_seconds
 
     @staticmethod
     def key(spec: Spec) -> tuple:
@@ -59,7 +60,10 @@ class Clock:
 
     def estimate(self, spec: Spec) -> float:
         """Seconds of a step before anything is measured."""
-        model = operations(spec.model, spec.batch_size * spec.model.context) / self.speed
+        model = (
+            operations(spec.model, spec.batch_size * spec.model.context) / self.speed
+            + STEP_OVERHEAD
+        )
         if not CONTENDERS[spec.contender].refreshes:
             return model
         cubes = spec.model.layers * spec.model.width**3

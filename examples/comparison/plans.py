@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from itertools import product
 from statistics import mean
+from typing import Any
 
 from comparison.contenders import CONTENDERS
 from comparison.presets import Grid, Preset
 from comparison.specs import Spec
 
-HALF_DECADE = math.sqrt(10)
 MARGIN = 0.1  # nats; the learning-rate study goes on until losses are this much above the lowest
-TUNED_VALUES = {"b2": (0.95, 0.99), "weight_decay": (1e-4, 0.1)}
+TUNED_VALUES = {"b2": (0.9, 0.95, 0.99, 0.999), "weight_decay": (1e-4, 0.1)}
 SHORTER = (0.375, 0.25, 0.125)  # fractions of the steps that are added where needed
 Losses = Mapping[Spec, float]  # final held-out losses; infinite if a run diverged
 
@@ -71,7 +70,7 @@ def valley(plan: Plan, base: Spec, preset: Preset, margin: float = 0.0) -> list[
     places = list(range(-reach, reach + 1))
     most = preset.rates + (preset.extensions if reach else 0)
     while True:
-        grid = [base.but(learning_rate=base.learning_rate * HALF_DECADE**place) for place in places]
+        grid = [base.but(learning_rate=half_decade(base.learning_rate, place)) for place in places]
         if not plan.need(grid):
             return None
         limit = plan.losses[plan.best(grid)] + margin
@@ -83,6 +82,11 @@ def valley(plan: Plan, base: Spec, preset: Preset, margin: float = 0.0) -> list[
         places = [places[0] - 1, *places] if go_low else [*places, places[-1] + 1]
 
 
+def half_decade(rate: float, place: int) -> float:
+    """The half decade that is `place` half decades from a rate, such as 0.01, 0.0316 and 0.1."""
+    return 10 ** ((round(2 * math.log10(rate)) + place) / 2)
+
+
 def best_rate(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
     """The best run of `valley`."""
     grid = valley(plan, base, preset)
@@ -90,21 +94,18 @@ def best_rate(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
 
 
 def tuned(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
-    """Tunes the learning rate, then b2 and weight decay, then the learning rate again.
+    """Tunes the learning rate, then b2, then weight decay, then the learning rate again.
 
     Each contender has the settings to tune in `Contender.tuned`.
     """
-    first = best_rate(plan, base, preset)
-    names = CONTENDERS[base.contender].tuned
-    if first is None or not preset.tunes or not names:
+    first = best = best_rate(plan, base, preset)
+    if first is None or not preset.tunes:
         return first
-    combinations = [
-        first.but(**dict(zip(names, values, strict=True)))
-        for values in product(*(TUNED_VALUES[name] for name in names))
-    ]
-    if not plan.need(combinations):
-        return None
-    best = plan.best([first, *combinations])
+    for name in CONTENDERS[base.contender].tuned:
+        others = [best.but(**{name: value}) for value in TUNED_VALUES[name]]
+        if not plan.need(others):
+            return None
+        best = plan.best([best, *others])
     return best if best == first else best_rate(plan, best, preset)
 
 
@@ -204,7 +205,7 @@ def memory(plan: Plan, preset: Preset) -> None:
         with_seeds(plan, best_rate(plan, base, preset), seeds)
 
 
-def of_width(preset: Preset, grid: Grid, width: int) -> dict[str, object]:
+def of_width(preset: Preset, grid: Grid, width: int) -> dict[str, Any]:
     """The changes for a model of another width, with heads of the same length."""
     model, length = preset.model, preset.model.width // preset.model.heads
     heads = max(1, width // length)
@@ -237,7 +238,9 @@ def width(plan: Plan, preset: Preset) -> None:
     """The best learning rate of SOAP at every width, with and without rules for it."""
     for options in width_arms(preset).values():
         for value in preset.width.values:
-            base = preset.spec("soap", options, **of_width(preset, preset.width, value))
+            changes = of_width(preset, preset.width, value)
+            changes["model"] = changes["model"]._replace(kind="scaled")
+            base = preset.spec("soap", options, **changes)
             with_seeds(plan, best_rate(plan, base, preset), preset.seeds)
 
 

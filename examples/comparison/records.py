@@ -57,6 +57,11 @@ class Record:
         return int(self.values["steps_taken"])
 
     @property
+    def step_seconds(self) -> float:
+        """The mean seconds of a step."""
+        return self.seconds / self.steps_taken
+
+    @property
     def state_bytes(self) -> int:
         """The size of the optimizer's state."""
         return int(self.values["state_bytes"])

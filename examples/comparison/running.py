@@ -21,6 +21,9 @@ from saving import Checkpoints
 
 from comparison.contenders import Numbers, diagnose, make_optimizer, numbers_of
 from comparison.specs import Model, Spec
+from comparison.widths import with_scaled_kernels
+
+UNSCALED_WIDTH = 32  # where the model `scaled` starts as `byte` does
 
 
 class Data(NamedTuple):
@@ -71,7 +74,10 @@ def model_of(model: Model, seed: int) -> tuple[Any, Callable[[Any, Array], Array
     """Returns the initial parameters, and the loss from parameters and windows."""
     if model.kind == "paper":
         return paper_gpt.make_model(model[1:], seed)
-    return make_model(Size(*model[1:5]), seed)
+    params, loss = make_model(Size(*model[1:5]), seed)
+    if model.kind == "scaled":
+        params = with_scaled_kernels(params, math.sqrt(UNSCALED_WIDTH / model.width))
+    return params, loss
 
 
 def loss_of(model: Model) -> Callable[[Any, Array], Array]:

@@ -15,7 +15,8 @@ class Model(NamedTuple):
     """A model and the length of its windows.
 
     Attributes:
-      kind: `byte` is the model of byte_gpt.py, `paper` that of paper_gpt.py.
+      kind: `byte` is the model of byte_gpt.py, and `paper` that of paper_gpt.py. `scaled` is `byte`
+        with initial kernels in proportion to the root of the width's inverse.
       vocabulary: the number of tokens; 256 for bytes.
     """
 

@@ -7,6 +7,7 @@ The rules keep the change of activations in a step the same at every width. For 
     sqrt(b_out * b_in) / d_in               with blocks of at most `b` along each axis
 
 Embeddings, positions and vectors keep their rate: their inputs have the same size at every width.
+The rules assume initial kernels whose size is proportional to `1 / sqrt(d_in)`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ def width_scales(params: Any, base_width: int, block_size: int | None) -> Any:
         return rule(inputs, outputs, block_size) / rule(base_inputs, base_outputs, block_size)
 
     return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def with_scaled_kernels(params: Any, scale: float) -> Any:
+    """The parameters with all kernels multiplied by a scale, embeddings and vectors as they are."""
+
+    def scaled(path: Sequence[Any], leaf: Any) -> Any:
+        return leaf if leaf.ndim < 2 or is_embedding(path) else leaf * scale
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def paths_of(params: Any) -> list[tuple[Any, Any]]:
