@@ -23,11 +23,9 @@ COLUMNS = ("claim", "paper", "here")
 
 
 def claims(preset: Preset, records: Records) -> Table:
-    """The table of claims."""
-    rows = [
-        [claim, paper, here(preset, records) or MISSING] for claim, paper, here in CLAIMS if records
-    ]
-    return Table("steps-to-loss", COLUMNS, rows)
+    """The claims for which there are runs."""
+    found = [[claim, paper, here(preset, records)] for claim, paper, here in CLAIMS]
+    return Table("steps-to-loss", COLUMNS, [row for row in found if row[-1] != MISSING])
 
 
 def tuned_run(preset: Preset, records: Records, name: str) -> Spec | None:

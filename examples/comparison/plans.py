@@ -98,9 +98,10 @@ def tuned(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
 
     Each contender has the settings to tune in `Contender.tuned`.
     """
-    first = best = best_rate(plan, base, preset)
+    first = best_rate(plan, base, preset)
     if first is None or not preset.tunes:
         return first
+    best = first
     for name in CONTENDERS[base.contender].tuned:
         others = [best.but(**{name: value}) for value in TUNED_VALUES[name]]
         if not plan.need(others):

@@ -67,7 +67,8 @@ def block_of(preset_name: str, study: str, data: Path) -> str:
     preset = PRESETS[preset_name]
     records = read_records(data / preset_name)
     if study == CLAIMS:
-        return claims(preset, records).markdown if records else NOT_RUN
+        table = claims(preset, records)
+        return table.markdown if table.rows else NOT_RUN
     own = of_study(study, preset, records)
     table = TABLES[study](preset, records)
     if not own or not table.rows:

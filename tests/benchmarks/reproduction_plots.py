@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
@@ -40,17 +41,25 @@ def points_of(records: Records, specs: Sequence[Spec]) -> tuple[list[float], lis
     return means, deviations
 
 
+COLOURS = 10  # of Matplotlib's cycle; later lines are dashed
+
+
+def style(number: int) -> str:
+    return "--" if number >= COLOURS else "-"
+
+
 def mark(
     axes: Axes, x: Sequence[float], records: Records, specs: Sequence[Spec], label: str
 ) -> None:
     """A line through the means, with bars of one standard deviation over seeds."""
     means, deviations = points_of(records, specs)
-    axes.errorbar(x, means, deviations, marker="o", markersize=4, capsize=3, label=label)
+    line = style(len(axes.containers))
+    axes.errorbar(x, means, deviations, ls=line, marker="o", ms=4, capsize=3, label=label)
 
 
-def canvas(columns: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(6.5 if columns == 1 else 11, 4.5), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    axes = list(np.atleast_1d(figure.subplots(1, columns, sharey=sharey)))
     for one in axes:
         one.grid(alpha=0.3)
     return figure, axes
@@ -67,10 +76,11 @@ def steps_to_loss(preset: Preset, records: Records, curves: Curves) -> Figure:
         spec = tuned(plan, preset.spec(name), preset)
         if spec is None:
             continue
-        label, colour = CONTENDERS[name].label, f"C{number % 10}"
-        style = "--" if number >= 10 else "-"
+        label, colour = CONTENDERS[name].label, f"C{number % COLOURS}"
         curve = curves.get(spec.name, ())
-        right.plot([p.step for p in curve], [p.held_out_loss for p in curve], colour + style)
+        right.plot(
+            [p.step for p in curve], [p.held_out_loss for p in curve], colour + style(number)
+        )
         right.lines[-1].set_label(label)
         if name == "adamw":
             (level,), _ = points_of(records, [spec])
@@ -190,7 +200,7 @@ def tiles(preset: Preset, records: Records, curves: Curves) -> Figure:
 def width(preset: Preset, records: Records, curves: Curves) -> Figure:
     """The loss over the learning rate at each width, one panel for each set of rules."""
     arms = plans.width_arms(preset)
-    figure, panels = canvas(len(arms))
+    figure, panels = canvas(len(arms), sharey=True)
     plan = Plan(losses(records))
     needed = plans.plan_of(["width"], preset, plan.losses).needed
     for axes, (name, options) in zip(panels, arms.items(), strict=True):
@@ -203,6 +213,7 @@ def width(preset: Preset, records: Records, curves: Curves) -> Figure:
             rates = sorted(own)
             mark(axes, rates, records, [own[rate] for rate in rates], f"width {value}")
         axes.set(xscale="log", xlabel="learning rate", title=name)
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel(LOSS)
     panels[0].legend(fontsize=8)
     return figure
