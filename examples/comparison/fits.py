@@ -1,4 +1,4 @@
-"""How many steps reach a loss: a curve through final losses, and where it crosses the target."""
+"""Fits a curve to final losses, and finds the number of steps at which it crosses a target."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> 
 
     Returns:
       None if that is outside of the trained range, by more than a rounding error. A curve is not
-      extended beyond what was trained.
+      extended beyond the trained steps.
     """
     curve = fit(steps, losses)
     low, high = min(steps), max(steps)

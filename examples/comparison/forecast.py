@@ -1,4 +1,4 @@
-"""How many runs a plan still has, and how long they take."""
+"""Predicts the number of runs that a plan still has, and their time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Clock:
 
     @staticmethod
     def key(spec: Spec) -> tuple:
-        """What the time of a step depends on."""
+        """The settings that change the time of a step."""
         return (*spec.program, spec.frequency)
 
     def seconds(self, spec: Spec, data: Preset) -> float:

@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """What a preset trains.
+    """The sizes, contenders and grids of a preset.
 
     Attributes:
       model: the model of all studies that do not vary it.
@@ -43,7 +43,7 @@ class Preset(NamedTuple):
       extensions: most rates that a search adds.
       evaluations: number of evaluations in a run.
       held_out_batches: number of batches, and of windows in each.
-      studies: those that run by default.
+      studies: the studies that run by default.
       budget_hours: what all of them may take.
       frequency: of the study `frequency`; its values are frequencies.
       batch: of the study `batch-size`; its values are tokens in a batch.

@@ -43,7 +43,7 @@ class Data(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One evaluation. Seconds are those of training steps alone."""
+    """One evaluation. Seconds count training steps alone."""
 
     step: int
     train_loss: float  # mean since the last point
@@ -52,7 +52,7 @@ class Point(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The curve of a run and what it cost."""
+    """The curve of a run and its costs."""
 
     points: list[Point]
     compile_seconds: float
@@ -176,7 +176,7 @@ def compile_program(spec: Spec, data: Data) -> Program:
 
 
 class Hooks(NamedTuple):
-    """What the caller does during a run.
+    """Functions that the caller lends to a run.
 
     Attributes:
       advance: called after each step with the number of the step and its loss.

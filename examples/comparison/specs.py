@@ -73,7 +73,7 @@ class Spec:
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """What the compiled step depends on. All other settings are its arguments."""
+        """The settings in the compiled step. All others are its arguments."""
         return self.contender, self.options, self.model, self.batch_size
 
     @property
