@@ -140,12 +140,16 @@ class GPT(nnx.Module):
         self.norm = norm(width, rngs)
         self.head = linear(width, 256, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps bytes, `(B, T)`, to the logits of the next bytes, `(B, T, 256)`."""
+    def residual(self, tokens: jax.Array) -> jax.Array:
+        """Maps bytes, `(B, T)`, to the residual vectors after the last block, `(B, T, C)`."""
         x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return x
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps bytes, `(B, T)`, to the logits of the next bytes, `(B, T, 256)`."""
+        return self.head(self.norm(self.residual(tokens)))
 
 
 Loss = Callable[[nnx.State, jax.Array], jax.Array]

@@ -37,21 +37,14 @@ from typing import NamedTuple, TextIO
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
-import numpy as np
 import optax
 import optax.contrib
-from byte_gpt import (
-    even_batches,
-    files_in,
-    make_model,
-    random_batches,
-    read_text,
-    standard_library,
-)
+from byte_gpt import even_batches, make_model, random_batches
 from flags import OneLineParser, Settings, parse_arguments
 from flax import nnx
 from jax.sharding import Mesh
 from meshes import Processes, Shardings, join, make_mesh, simulate_devices
+from recipe import CLIP_NORM, HELD_OUT_BATCHES, Text, load_text, warmed_up
 from reports import (
     Row,
     Run,
@@ -67,18 +60,8 @@ from tqdm import tqdm
 
 from soap_optax import diagnostics, soap
 
-
-class Text(NamedTuple):
-    """The bytes for training and for evaluation."""
-
-    training: np.ndarray
-    held_out: np.ndarray
-    description: str
-
-
 # Optimizers ---------------------------------------------------------------------------------------
 
-CLIP_NORM = 1.0
 WEIGHT_DECAY = 0.01
 
 
@@ -143,21 +126,8 @@ def make_optimizer(
     )
 
 
-def warmed_up(learning_rate: float, steps: int) -> optax.Schedule:
-    """Returns a schedule: linear warmup for a tenth of the steps, then cosine decay."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=steps // 10,
-        decay_steps=steps,
-        end_value=learning_rate / 10,
-    )
-
-
 # Training -----------------------------------------------------------------------------------------
 
-HELD_OUT_FRACTION = 0.1
-HELD_OUT_BATCHES = (8, 64)  # batches, windows in each, for every --batch-size
 EVALUATIONS = 40  # per run, besides the one before the first step
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -254,7 +224,7 @@ def train(
             held_out_loss, scalars = evaluate(params, state, held_out)
             yield close_row(run, step, float(held_out_loss), settings.tokens_per_step), scalars
         if checkpoints and (last or step % (settings.checkpoint_every or settings.steps) == 0):
-            checkpoints.save(step, (params, state), run)
+            checkpoints.save(step, (params, state), run.record)
 
 
 def advance(bar: tqdm, run: Run, tokens_per_step: int) -> None:
@@ -394,7 +364,9 @@ def open_checkpoints(
                 "go on from it with --resume, or name another folder"
             )
         if checkpoints.step:
-            check_same_training(parser, checkpoints.run(), training_of(name, settings, text))
+            check_same_training(
+                parser, Run.from_record(checkpoints.record()), training_of(name, settings, text)
+            )
     return opened
 
 
@@ -414,29 +386,6 @@ def check_same_training(
         parser.error(f"argument --resume: the checkpoint of {run.label} was written with {written}")
 
 
-def load_text(parser: argparse.ArgumentParser, settings: Settings) -> Text:
-    """Reads the text and holds out its last tenth."""
-    source = ", ".join(map(str, settings.data or ["Python's standard library"]))
-    try:
-        if settings.data:
-            files = [file for path in settings.data for file in files_in(path)]
-        else:
-            files = standard_library()
-        text = read_text(files)
-    except OSError as error:
-        parser.error(f"argument --data: cannot read {error.filename}: {error.strerror}")
-    held_out = int(len(text) * HELD_OUT_FRACTION)
-    if held_out <= settings.context:
-        parser.error(
-            f"argument --data: {source} has {len(text)} bytes in {len(files)} files; a tenth is "
-            f"held out and must be longer than the context, {settings.context}"
-        )
-    description = (
-        f"{source}: {len(files)} files, {len(text):,} bytes, the last {held_out:,} held out"
-    )
-    return Text(text[:-held_out], text[-held_out:], description)
-
-
 def train_all(
     settings: Settings,
     text: Text,
@@ -450,7 +399,7 @@ def train_all(
         saved = checkpoints.get(name)
         done = saved.step if saved else 0
         if saved and done:
-            run = saved.run()
+            run = Run.from_record(saved.record())
             print(f"{run.label}: going on from the checkpoint of step {done}", flush=True)
             for row, scalars in zip(run.rows, run.diagnostics, strict=True):
                 results.write(name, row, scalars)
@@ -515,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rates = {name: optimizer.learning_rate for name, optimizer in OPTIMIZERS.items()}
     settings = parse_arguments(parser, arguments, rates)
-    text = load_text(parser, settings)
+    text = load_text(parser, settings.data, settings.context)
     shardings = start_jax(parser, settings)
     leads = jax.process_index() == 0
     runs: list[Run] = []

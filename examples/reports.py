@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -34,6 +34,18 @@ class Run:
     losses: list[float] = dataclasses.field(default_factory=list)  # since the last row, by step
     durations: list[float] = dataclasses.field(default_factory=list)  # of these steps, in seconds
     training: dict[str, float] = dataclasses.field(default_factory=dict)  # flags that determine it
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_record(record: dict[str, Any]) -> Run:
+        """Returns the run that has this record."""
+        fields: dict[str, Any] = dict(record)
+        fields["rows"] = [Row(*row) for row in record["rows"]]
+        return Run(**fields)
 
     @property
     def best_loss(self) -> float:

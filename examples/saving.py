@@ -1,14 +1,12 @@
-"""Checkpoints of `pretrain_lm.py`: the arrays and the record of a run."""
+"""Checkpoints of the examples: the arrays and the record of a run."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from reports import Row, Run
 
 from soap_optax import check_checkpoint
 
@@ -32,19 +30,17 @@ class Checkpoints:
         """The training step of the newest checkpoint, or 0 without a checkpoint."""
         return self.manager.latest_step() or 0
 
-    def save(self, step: int, arrays: Any, run: Run) -> None:
+    def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
         """Copies the arrays, then writes them while training continues."""
-        record = ocp.args.JsonSave(dataclasses.asdict(run))
+        run = ocp.args.JsonSave(record)
         self.manager.save(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=record)
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=run)
         )
 
-    def run(self) -> Run:
+    def record(self) -> dict[str, Any]:
         """Returns the record of the newest checkpoint."""
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        record: dict[str, Any] = dict(self.manager.restore(self.step, args=args)["run"])
-        record["rows"] = [Row(*row) for row in record["rows"]]
-        return Run(**record)
+        return dict(self.manager.restore(self.step, args=args)["run"])
 
     def arrays(self, like: Any) -> Any:
         """Returns the arrays of the newest checkpoint, with the shapes and shardings of `like`.

@@ -28,14 +28,8 @@ from byte_gpt import (
     read_text,
     standard_library,
 )
-from pretrain_lm import (
-    CLIP_NORM,
-    HELD_OUT_BATCHES,
-    HELD_OUT_FRACTION,
-    OPTIMIZERS,
-    WEIGHT_DECAY,
-    warmed_up,
-)
+from pretrain_lm import OPTIMIZERS, WEIGHT_DECAY
+from recipe import CLIP_NORM, HELD_OUT_BATCHES, HELD_OUT_FRACTION, warmed_up
 
 EVALUATIONS = 20  # in a run, after the one before the first step
 LONGEST_STRETCH = 50  # the number of steps to dispatch before waiting for the last one
