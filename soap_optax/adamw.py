@@ -1,4 +1,4 @@
-"""Optax's Adam with SOAP's safeguards: float32 statistics, and no gradient that is not finite."""
+"""Optax's Adam with SOAP's treatment of narrow dtypes, complex and non-finite gradients."""
 
 import functools
 from typing import Any
@@ -10,14 +10,17 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from soap_optax import blocks
+
 
 def scale_by_guarded_adam(
     b1: ArrayLike, b2: ArrayLike, eps: ArrayLike, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, but for narrow dtypes and gradients that are not finite.
+    """`optax.scale_by_adam`, but for narrow dtypes, complex and non-finite gradients.
 
-    Parameters narrower than float32 have float32 moments. If any gradient, or its square, is not
-    finite, all updates are zero and the state does not change.
+    Parameters narrower than float32 have float32 moments. A complex parameter counts as two real
+    ones, as in `soap`. If any gradient, or its square, is not finite, all updates are zero and the
+    state does not change.
 
     Args:
       b1: decay of the first moment.
@@ -33,7 +36,7 @@ def scale_by_guarded_adam(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype if is_narrow else None)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return adam.init(jax.tree.map(_widened, params))
+        return adam.init(jax.tree.map(_widened, blocks.split_complex(params)))
 
     def update_fn(
         updates: optax.Updates,
@@ -42,15 +45,16 @@ def scale_by_guarded_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        grads = jax.tree.map(_widened, updates)
+        parts = blocks.split_complex(updates)
+        grads = jax.tree.map(_widened, parts)
         is_sound = _all_finite(grads)
         new_updates, new_state = adam.update(grads, state)
         new_updates = jax.tree.map(
             lambda new, old: jnp.where(is_sound, new, 0).astype(jnp.result_type(old)),
             new_updates,
-            updates,
+            parts,
         )
-        return new_updates, jax.tree.map(
+        return blocks.join_complex(new_updates), jax.tree.map(
             lambda new, old: jnp.where(is_sound, new, old), new_state, state
         )
 

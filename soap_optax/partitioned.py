@@ -75,7 +75,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     and ``refresh_order``. All other arguments have the defaults of `soap`.
 
     AdamW is Optax's, with two safeguards. Its statistics are at least float32. If one of its
-    gradients is not finite, its parameters only decay in that step, and its moments stay.
+    gradients is not finite, its parameters only decay in that step, and its moments stay. Complex
+    parameters count as two real ones, in either optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax

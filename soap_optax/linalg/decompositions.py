@@ -22,10 +22,9 @@ from soap_optax.linalg.derivatives import (
 from soap_optax.linalg.householder import q_from_panels
 from soap_optax.linalg.products import gram_matrix
 
-# The length from which CPUs use the blocked QR, which takes two thirds of LAPACK's time at 768 and
-# two fifths at 1024 and 2048. At 512 it takes two thirds too, but a whole refresh is only 1% to 4%
-# faster, and the program compiles half a second longer for each axis.
-BLOCKED_FROM = 768
+# The length from which CPUs use the blocked QR: it takes two thirds of LAPACK's time at 512, two
+# fifths at 1024 and 2048, and the same time at 256.
+BLOCKED_FROM = 512
 
 
 @sequential_vmap

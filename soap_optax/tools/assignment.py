@@ -38,10 +38,10 @@ def assignment_of(params: Any, labels: Any, dimension_numbers: Any) -> Assignmen
         without the metadata of `flax.nnx`, which gradients do not have.
 
     Raises:
-      TypeError: if a leaf is not a real floating-point array.
+      TypeError: if a leaf is not a floating-point or complex array.
       ValueError: if the labels do not fit the tree.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(blocks.split_complex(params)):
         blocks.check_leaf(path, leaf)
     if dimension_numbers is None:
         treedef = jax.tree.structure(params)

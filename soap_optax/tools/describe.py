@@ -142,8 +142,13 @@ def describe(
     count_bytes = _bytes(jax.eval_shape(adam.init, {}))
     soap_rows = iter(soap_only.rows)
     rows = []
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), label in zip(leaves, jax.tree.leaves(assignment.labels), strict=True):
+    labels_of_parts = jax.tree.map(
+        lambda leaf, label: jax.tree.map(lambda _: label, split_complex(leaf)),
+        params,
+        assignment.labels,
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(split_complex(params))
+    for (path, leaf), label in zip(leaves, jax.tree.leaves(labels_of_parts), strict=True):
         if label == "soap":
             rows.append(dataclasses.replace(next(soap_rows), optimizer=label))
         else:

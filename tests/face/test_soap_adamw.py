@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,6 +176,32 @@ def test_an_integer_parameter_raises_at_init_whoever_would_update_it(name: str) 
     params = {**PARAMS, name: {"kernel": jnp.ones((4, 3), jnp.int32)}}
     with pytest.raises(TypeError, match=rf"complex array, got int32 at \['{name}'\]"):
         soap_adamw(RATE).init(params)
+
+
+@pytest.mark.usefixtures("implicit_promotion")
+def test_complex_parameters_count_as_two_real_ones_in_either_optimizer() -> None:
+    rng = np.random.default_rng(0)
+    shapes: Any = {"mlp": {"kernel": (6, 4), "bias": (4,)}, "lm_head": {"kernel": (4, 5)}}
+
+    def draw_complex() -> Any:
+        real, imaginary = (draw(int(seed), shapes) for seed in rng.integers(99, size=2))
+        return jax.tree.map(jax.lax.complex, real, imaginary)
+
+    def pairs(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: {"re": leaf.real, "im": leaf.imag}, tree)
+
+    params = draw_complex()
+    optimizer: Any = soap_adamw(RATE, mu_dtype=jnp.bfloat16)
+    state, state_of_pairs = optimizer.init(params), optimizer.init(pairs(params))
+    for _ in range(3):
+        grads = draw_complex()
+        updates, state = optimizer.update(grads, state, params)
+        wanted, state_of_pairs = optimizer.update(pairs(grads), state_of_pairs, pairs(params))
+        # Parts of a pair may be stacked in another sequence, and round as the compiler pleases.
+        chex.assert_trees_all_close(pairs(updates), wanted, rtol=1e-5)
+    described = soap_optax.describe(params, labels=soap_optax.default_labels, mu_dtype=jnp.bfloat16)
+    assert [row.optimizer for row in described.rows] == ["adamw"] * 4 + ["soap"] * 2
+    assert described.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 # What it is -------------------------------------------------------------------------------------

@@ -46,12 +46,12 @@ def test_eigenvectors_without_a_row_of_zeros_are_those_of_eigh() -> None:
     np.testing.assert_array_equal(eigenvectors(matrix), jax.lax.linalg.eigh(matrix)[0][:, ::-1])
 
 
-@pytest.mark.parametrize("length", [8, 800])
+@pytest.mark.parametrize("length", [8, 600])
 @pytest.mark.parametrize("vanishing", [5, 2, 0])
 def test_a_qr_with_their_unit_vectors_first_decouples_them_even_if_columns_vanish(
     vanishing: int, length: int
 ) -> None:
-    """CPUs decompose 800 columns by panels."""
+    """CPUs decompose 600 columns by panels."""
     rng = np.random.default_rng(0)
     rows = np.arange(length) % 3 == 0
     unit_vectors = np.eye(length)[:, rows]
