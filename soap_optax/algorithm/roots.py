@@ -144,5 +144,6 @@ def inverse_root(
     is_positive = jnp.min(values) >= -most_negative * largest
     asymmetry = largest_magnitude(factor - factor.T)
     is_symmetric = asymmetry <= most_negative * largest_magnitude(factor)
-    are_finite = is_finite(factor) & is_finite(root)
-    return InverseRoot(root, are_finite & is_symmetric & is_positive & is_orthonormal(vectors))
+    # A factor with an entry that is not finite differs from its transpose by NaN.
+    is_sound = is_finite(root) & is_symmetric & is_positive & is_orthonormal(vectors)
+    return InverseRoot(root, is_sound)

@@ -121,6 +121,25 @@ def test_an_unsound_refresh_leaves_the_old_roots_and_is_counted(name: str) -> No
     assert np.all(np.isfinite(updates["first"]))
 
 
+@pytest.mark.parametrize("argument", ["exponent", "eps"])
+def test_roots_that_are_not_finite_are_rejected(argument: str) -> None:
+    """A traced argument can become NaN during a run, as from a schedule."""
+    before, grads = run(4), gradients(5)[4]
+
+    @jax.jit
+    def step(value: float) -> Any:
+        options: Any = {argument: value}
+        optimizer = soap_optax.scale_by_shampoo(precondition_frequency=1, **options)
+        return optimizer.update(grads, before)
+
+    updates, after = step(np.nan)
+    stack, old = after.stacks[NAME], before.stacks[NAME]
+    np.testing.assert_array_equal(stack.rejected_refreshes, old.rejected_refreshes + 1)
+    for new_root, old_root in zip(stack.roots, old.roots, strict=True):
+        np.testing.assert_array_equal(new_root, old_root)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, after)))
+
+
 def test_a_rejected_first_refresh_leaves_the_identity_and_is_tried_again() -> None:
     state = with_factor(run(1), 0, UNSOUND["negative"])
     step = step_of(refresh_order="before_gradient")
