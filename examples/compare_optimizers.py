@@ -3,14 +3,14 @@
     python examples/compare_optimizers.py
 
 takes at most ten minutes on two idle cores. It tunes eleven optimizers on a small byte-level GPT.
-Then it prints their losses, and the number of steps that SOAP and Shampoo need for AdamW's. The
-text is the source code of Python's standard library, or the files of --data. The last tenth is held
-out.
+Then it prints their losses, and the number of steps in which SOAP and Shampoo reach AdamW's loss.
+The text is the source code of Python's standard library, or the files of --data. The last tenth is
+held out.
 
     python examples/compare_optimizers.py --preset cpu --study steps-to-loss frequency
 
-runs two of the seven studies at the size for a night on two cores. Add --dry-run to print the
-number of runs and their hours first.
+runs two of the seven studies at a larger size, for a night on two cores. Add --dry-run to print the
+number of runs and an estimate of their hours.
 
 Every complete run is a row of runs.csv in the folder of --out. Complete runs are skipped when the
 command is repeated. An interrupted one, by Ctrl-C for example, continues from its checkpoint.
@@ -64,7 +64,7 @@ class Runner:
     Attributes:
       records: the complete runs.
       programs: the newest compiled program, by `Spec.program`.
-      stop: set to stop after the present step.
+      stop: if set, training stops after the current step.
     """
 
     def __init__(self, settings: Settings, data: Data, where: Circumstances):
@@ -82,7 +82,7 @@ class Runner:
         return left(settings.studies, settings.preset, losses, clock, worst)
 
     def next_run(self) -> Spec | None:
-        """The first run that is missing. Runs with the newest program go first."""
+        """The first missing run; runs with the newest program go first."""
         plan = plan_of(self.settings.studies, self.settings.preset, losses_of(self.records))
         missing = plan.missing
         same = [spec for spec in missing if spec.program in self.programs]
@@ -297,7 +297,7 @@ def only_process(parser: argparse.ArgumentParser, folder: Path) -> Iterator[None
 
 
 def stop_or_raise(stop: threading.Event) -> None:
-    """Stops after the present step, or at once when asked a second time."""
+    """Stops after the current step, or at once at the second signal."""
     if stop.is_set():
         raise KeyboardInterrupt
     stop.set()

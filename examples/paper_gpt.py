@@ -22,7 +22,7 @@ STDDEV = 0.02
 
 
 class Shape(NamedTuple):
-    """The size of the model, without its kind."""
+    """The size of the model."""
 
     layers: int
     width: int

@@ -16,7 +16,7 @@ from soap_optax import blocks
 def scale_by_guarded_adam(
     b1: ArrayLike, b2: ArrayLike, eps: ArrayLike, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, but for narrow dtypes, complex and non-finite gradients.
+    """`optax.scale_by_adam`, made safe for narrow dtypes, complex and non-finite gradients.
 
     Parameters narrower than float32 have float32 moments. A complex parameter counts as two real
     ones, as in `soap`. If any gradient, or its square, is not finite, all updates are zero and the

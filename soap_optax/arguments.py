@@ -98,7 +98,7 @@ def check_soap_adamw(**arguments: Any) -> None:
 
 
 def check_left_to_default_dimension_numbers(**flags: bool) -> None:
-    """Raises if `soap_adamw` gets an option that its default dimension numbers leave no effect."""
+    """Raises if `soap_adamw` gets an option that its default dimension numbers overrule."""
     for name, value in flags.items():
         _CHECKS[name](name, value)
         if value:

@@ -43,13 +43,13 @@ def hyperball(
         W_t &= R \, \frac{V_t}{\|V_t\|_F}
       \end{align*}
 
-    The learning rate is an angle in radians: it is the tangent of the angle between
-    :math:`W_{t-1}` and :math:`W_t` where :math:`U_t` is orthogonal to :math:`W_{t-1}`. The size of
+    The learning rate is about the angle between :math:`W_{t-1}` and :math:`W_t` in radians. It is
+    the tangent of that angle if :math:`U_t` is orthogonal to :math:`W_{t-1}`. The size of
     :math:`U_t` has no effect.
 
     The state holds :math:`R`, as of the first call of ``update``. So rounding errors do not add up:
-    float32 matrices stay within 1e-6 of :math:`R`, relative to it, for any number of updates.
-    Matrices in bfloat16 stay within their unit roundoff of :math:`2^{-8}`, and in float16 of
+    the norms of float32 matrices stay within a relative 1e-6 of :math:`R`, for any number of
+    updates. Norms in bfloat16 stay within the unit roundoff of :math:`2^{-8}`, and in float16 of
     :math:`2^{-11}`.
 
     Vectors, scalars and parameters outside of ``mask`` get the plain update
@@ -94,7 +94,8 @@ def hyperball(
     Raises:
       TypeError, ValueError: when built, if an argument is out of range; at ``init`` and ``update``,
         if `dimension_numbers` or `mask` does not fit the parameters, or a leaf is not floating
-        point; at ``update``, if the parameters are missing or the state belongs to others.
+        point or complex; at ``update``, if the parameters are missing or the state belongs to
+        others.
 
     References:
       Wen et al., `Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball

@@ -1,4 +1,4 @@
-"""The arguments of `scale_by_soap` and `scale_by_shampoo`, as the wings take them."""
+"""The arguments of `scale_by_soap` and `scale_by_shampoo`, grouped for the wings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -127,7 +127,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class ShampooStepOptions(StepOptions):
-    """Arguments of `scale_by_shampoo` that decide a step; `eps` is the one of grafting."""
+    """Arguments of `scale_by_shampoo` that decide a step; `eps` is its `grafting_eps`."""
 
     factor_eps: ArrayLike
     exponent: ArrayLike | None

@@ -1,4 +1,4 @@
-"""`soap_adamw`: SOAP for matrices, AdamW for all other parameters, and what each of them gets."""
+"""`soap_adamw`: SOAP for matrices, AdamW for all other parameters, and a report of both."""
 
 from collections.abc import Callable
 from functools import partial
@@ -68,15 +68,15 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
 
     The last decision follows the study in *Refreshing when it pays* on the page *Performance*. It
     trained the byte-level transformer of the example at the best learning rate. These settings had
-    a held-out loss of 1.4835. A refresh in every update had 1.4892, and takes five times as many
-    refreshes. A refresh in every tenth update had 1.5160.
+    a held-out loss of 1.4835. Refreshes in every update had 1.4892, with five times as many
+    refreshes, and refreshes in every tenth update had 1.5160.
 
     Every decision can be overridden: ``labels``, ``dimension_numbers``, ``precondition_frequency``
     and ``refresh_order``. All other arguments have the defaults of `soap`.
 
-    AdamW is Optax's, with two safeguards. Its statistics are at least float32. If one of its
-    gradients is not finite, its parameters only decay in that step, and its moments stay. Complex
-    parameters count as two real ones, in either optimizer.
+    AdamW is Optax's, with two safeguards. Its statistics are at least float32. If any gradient of
+    AdamW's parameters is not finite, all of them only decay in that step, and their moments do not
+    change. Complex parameters count as two real ones, in either optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax
@@ -104,11 +104,11 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         ``learning_rate``.
       adamw_b1: decay of AdamW's first moment, in [0, 1).
       adamw_b2: decay of AdamW's second moment, in [0, 1).
-      labels: who updates each parameter. A tree of ``"soap"`` and ``"adamw"`` with the structure of
-        the parameters or a prefix of it, or a function of the parameters that returns one. None
-        means `default_labels`.
-      report: a function that ``init`` calls with the `Description` of what each parameter gets,
-        such as `print`. It also runs if ``init`` is only traced. None reports nothing.
+      labels: the optimizer of each parameter. A tree of ``"soap"`` and ``"adamw"`` with the
+        structure of the parameters or a prefix of it, or a function of the parameters that returns
+        one. None means `default_labels`.
+      report: a function that ``init`` calls with the `Description` of the parameters, such as
+        `print`. It also runs if ``init`` is only traced. None reports nothing.
       eps: of both optimizers. AdamW adds it after the bias correction, as in Optax.
       weight_decay: of both optimizers.
       mask: the parameters that either of them decays, as for `soap`.
@@ -118,8 +118,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         `default_dimension_numbers`. For `soap`'s own treatment, pass ``lambda params: None``.
       param_shardings: as for `soap`. A function gets SOAP's parameters only.
 
-    The remaining arguments are those of `soap`. ``merge_dims`` and ``precondition_1d`` need
-    ``dimension_numbers`` that leave these decisions to them.
+    The remaining arguments are those of `soap`. ``merge_dims`` and ``precondition_1d`` need other
+    ``dimension_numbers`` than the default, which decide about all axes.
 
     Returns:
       A transformation. Its `update` needs the parameters. Its state is that of `optax.partition`.

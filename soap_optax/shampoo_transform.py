@@ -49,7 +49,7 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     r"""Rescales updates by Shampoo: inverse roots of the gradients' Kronecker factors.
 
     For the gradient :math:`G_t` of a matrix, with the inverse roots :math:`P_L, P_R` as of the last
-    refresh and the direction :math:`A_t` of the method to graft onto, such as Adam's,
+    refresh and the direction :math:`A_t` of the grafting method, such as Adam's,
 
     .. math::
 
@@ -69,8 +69,8 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     unless ``precondition_1d``.
 
     The first update is zero: the first gradient only fills the factors, as in `scale_by_soap` by
-    default. A gradient that is not finite, or whose sum of squares would overflow, is rejected: its
-    block gets a zero update, keeps its state, and the state counts the rejection. A refresh is
+    default. A gradient that is not finite, or whose sum of squares would overflow, is rejected and
+    counted. Its block gets a zero update, and its state does not change otherwise. A refresh is
     rejected, and counted, if a factor or its root is not finite, or a factor is not symmetric
     positive. The old roots then stay. A row or column without any gradient gets an update of
     exactly zero.
@@ -92,8 +92,8 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment of grafting and of Adam, in [0, 1).
-      eps: positive number added to every eigenvalue of a factor. Eigenvalues below their rounding
-        errors, 32 machine epsilons times the largest, are raised to that.
+      eps: positive number added to every eigenvalue of a factor. Eigenvalues below the rounding
+        level, 32 machine epsilons times the largest, are raised to it.
       exponent: exponent :math:`p` of each side, in (0, 1]. None means :math:`1 / (2k)` for `k`
         preconditioned axes, which is 1/4 for a matrix as in the original paper. Vyas et al. tuned
         it to 1/2.5 for language models. With 1/2, the factors approximate the covariance of the

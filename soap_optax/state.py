@@ -23,7 +23,7 @@ SecondMoment = Array | tuple[Array, ...]
 
 
 class StackState(NamedTuple):
-    """State of one stack: every array has a leading axis of length `B`.
+    """State of one stack: every array has a leading axis of length `blocks`.
 
     Fields are grouped by how often they change: counters, factors and moments with every accepted
     gradient, bases with every refresh.
@@ -42,7 +42,7 @@ class StackState(NamedTuple):
         identity before the first. The unit vectors of rows without a gradient come first, then the
         other columns by descending eigenvalue; ``"jacobi"`` and ``"partial"`` do not sort them.
       age: number of updates applied since the last refresh was due, `(blocks,)`.
-      refreshes: number of bases adopted so far, the first included, `(blocks,)`.
+      refreshes: number of refreshes adopted so far, the first included, `(blocks,)`.
       rejected_refreshes: number of refreshes rejected because the new basis was not finite or not
         orthonormal, `(blocks,)`. The old basis stays.
       eigenvalues: with ``factor_estimator="kl"``, estimates of each factor's eigenvalues, one for
@@ -62,7 +62,7 @@ class StackState(NamedTuple):
 
 
 class ShampooStackState(NamedTuple):
-    """State of one stack under Shampoo: every array has a leading axis of length `B`.
+    """State of one stack under Shampoo: every array has a leading axis of length `blocks`.
 
     Attributes:
       accepted_gradients: number of gradients accepted so far, `(blocks,)`. The first one only
@@ -103,8 +103,8 @@ class AdamState(NamedTuple):
     """State of leaves without a preconditioner: the leaves of a bucket, or one large leaf.
 
     Attributes:
-      accepted_gradients: number of gradients accepted so far, `(leaves,)`. The first one moves
-        nothing, unless ``first_update="apply"``.
+      accepted_gradients: number of gradients accepted so far, `(leaves,)`. The first one makes no
+        update, unless ``first_update="apply"``.
       rejected_gradients: number of gradients rejected because they were not finite, or because
         their sum of squares would overflow, `(leaves,)`.
       mu: first moment, `(entries,)`.

@@ -70,14 +70,15 @@ def scale_by_soap(
       \end{align*}
 
     Every ``precondition_frequency`` updates the bases take one step of orthogonal iteration toward
-    the eigenvectors of :math:`L` and :math:`R`, and the moments are expressed in the new bases. An
-    array of more dimensions has a factor for each axis of at most ``max_precond_dim``. Parameters
-    without such an axis get Adam, and so do scalars, and vectors unless ``precondition_1d``.
+    the eigenvectors of :math:`L` and :math:`R`. The first moment is rotated into the new bases, and
+    the second is permuted with their columns. An array of more dimensions has a factor for each
+    axis of at most ``max_precond_dim``. Parameters without such an axis get Adam, and so do
+    scalars, and vectors unless ``precondition_1d``.
 
     The first update is zero, unless ``first_update="apply"``: the first gradient only fills the
     factors, and the bias correction counts from the second. A gradient that is not finite, or whose
-    sum of squares would overflow, is rejected: its block gets a zero update, keeps its state, and
-    the state counts the rejection.
+    sum of squares would overflow, is rejected and counted. Its block gets a zero update, and its
+    state does not change otherwise.
 
     A complex parameter is optimized as two real ones, its real and its imaginary part, as
     `optax.contrib.split_real_and_imaginary` does. As for every optimizer of Optax, its gradient is
@@ -106,8 +107,8 @@ def scale_by_soap(
         as in the authors' code; Optax's Adam adds it after.
       shampoo_beta: decay of the Kronecker factors, in [0, 1). None means ``b2``.
       precondition_frequency: number of updates from one refresh of the bases to the next, an
-        integer of at least 1. Or a schedule that returns it for the number of calls of ``update``
-        so far, not counting a first one that moves nothing. It may be traced.
+        integer of at least 1, or a schedule that returns it. A schedule gets the number of calls of
+        ``update`` so far, without a first call whose update is zero. It may be traced.
       max_precond_dim: longest axis that gets a factor. None means 10,000. Factor and basis of an
         axis of length `d` take :math:`2 d^2` numbers of state.
       precondition_1d: whether vectors get a factor as well.
@@ -122,8 +123,8 @@ def scale_by_soap(
       mu_dtype: dtype in which the first moment is stored, such as bfloat16. It needs at least the
         range of float32. None, or a wider dtype, means the dtype of the statistics: float32, or
         float64 for float64 parameters.
-      block_size: longest tile into which axes are cut, each tile with its own preconditioner. None
-        cuts no axis.
+      block_size: axes longer than this are cut into tiles of at most this length, each with its own
+        preconditioner. None cuts no axis.
       dimension_numbers: the axes of each leaf that form a matrix. A tree with the structure of the
         parameters or a prefix of it, or a function of the parameters that returns one. Its entries
         have a ``reduction_axis`` and an ``output_axis``, each one axis or several, as in
@@ -150,7 +151,7 @@ def scale_by_soap(
         columns at a time, for a ``precondition_frequency`` of 1 to 3. ``"auto"``: ``"qr"`` on CPUs,
         ``"eigh"`` on TPUs for axes of up to 256, ``"jacobi"`` elsewhere.
       refresh_tolerance: off-diagonal mass (see `diagnostics`) up to which a due refresh is skipped.
-        The block then has its old bases until its next refresh is due. None skips no refresh.
+        The block then keeps its bases until its next refresh is due. None skips no refresh.
       refresh_order: ``"before_gradient"`` refreshes from factors without the step's gradient, as in
         the authors' code; ``"after_gradient"`` from factors with it.
       stagger: whether to spread refreshes over the cycle, so that every step refreshes about the

@@ -1,7 +1,7 @@
 """Checks of one value that a user passes in.
 
-Every check takes the argument's name and its value. Every message names both, the rule and the way
-out. Traced values, such as `optax.inject_hyperparams` passes, are not checked.
+Every check takes the argument's name and its value. Every message has both, the rule and a remedy.
+Traced values, such as `optax.inject_hyperparams` passes, are not checked.
 """
 
 import math

@@ -106,7 +106,7 @@ def between_embedding_and_head(params: Any) -> Any:
 def shampoo(
     numbers: Numbers, dense: int | None = None, most: int | None = None, **options: Any
 ) -> Optimizer:
-    """Shampoo as its comparison with SOAP tuned it."""
+    """Shampoo as the SOAP paper tuned it."""
     direction = soap_optax.scale_by_shampoo(
         numbers.b1,
         numbers.b2,
@@ -123,7 +123,7 @@ def adamw(numbers: Numbers) -> Optimizer:
 
 
 def adafactor(numbers: Numbers) -> Optimizer:
-    """Adafactor with momentum, without a scale by the size of parameters."""
+    """Adafactor with momentum; the size of parameters does not scale updates."""
     direction = optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=SHORTEST_FACTORED),
         optax.clip_by_block_rms(1.0),

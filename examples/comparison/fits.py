@@ -25,8 +25,8 @@ class Fit(NamedTuple):
 def fit(steps: Sequence[float], losses: Sequence[float]) -> Fit:
     """The curve of least squares with a positive `b`, over a grid of exponents.
 
-    With two points, or with losses that do not fall, it is the curve of the first exponent that is
-    as good as any.
+    With two points, or with losses that do not fall, all exponents are equally good, and the first
+    is taken.
     """
     x, y = np.asarray(steps, float), np.asarray(losses, float)
     found = []

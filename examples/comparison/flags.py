@@ -66,7 +66,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         "--seeds",
         type=whole_number,
         metavar="N",
-        help="number of seeds of every pair that is compared (default: the preset's)",
+        help="number of seeds for every comparison (default: the preset's)",
     )
     add(
         "--data",

@@ -90,11 +90,11 @@ def operations(model: Model, tokens: int) -> float:
 
 
 def assumed_loss(spec: Spec, highest: float, worst: bool) -> float:
-    """A loss with its lowest point at the default rate or, at worst, as far away as possible.
+    """A loss that is lowest at the default rate or, at worst, as far away as possible.
 
     Args:
       spec: the settings of the run.
-      highest: of the known losses. No assumed loss is below it, except at worst.
+      highest: the highest known loss. No assumed loss is below it, except at worst.
       worst: whether the loss prolongs every search.
     """
     rate = math.log(spec.learning_rate / CONTENDERS[spec.contender].learning_rate)
@@ -110,11 +110,11 @@ def left(
 
     Args:
       studies: names of studies.
-      preset: their sizes.
-      losses: of complete runs.
+      preset: the sizes of the studies.
+      losses: losses of complete runs.
       clock: predicts seconds.
-      worst: whether every search is extended as far as it may; otherwise the default rate is best
-        where no loss is known.
+      worst: whether to assume that every search is extended as far as possible; otherwise the
+        default rate is assumed to be best where no loss is known.
     """
     known: dict[Spec, float] = dict(losses)
     added: list[Spec] = []

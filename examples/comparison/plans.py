@@ -26,7 +26,7 @@ class Plan:
     """The runs that are needed, in order.
 
     Attributes:
-      losses: of complete runs.
+      losses: losses of complete runs.
       needed: all runs so far, complete or not.
     """
 
@@ -111,7 +111,7 @@ def tuned(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
 
 
 def with_seeds(plan: Plan, spec: Spec | None, seeds: Iterable[int]) -> bool:
-    """Adds the run with every seed, once it is known; returns whether all are complete."""
+    """Adds the run with every seed, if it is known; returns whether all are complete."""
     return spec is not None and plan.need(spec.but(seed=seed) for seed in seeds)
 
 
@@ -119,7 +119,7 @@ def with_seeds(plan: Plan, spec: Spec | None, seeds: Iterable[int]) -> bool:
 
 
 def steps_to_loss(plan: Plan, preset: Preset) -> None:
-    """Tuned contenders with every seed, and some of them with fewer steps, too."""
+    """Tuned contenders with every seed, some of them also with fewer steps."""
     best = {name: tuned(plan, preset.spec(name), preset) for name in preset.contenders}
     complete = {name: with_seeds(plan, spec, preset.seeds) for name, spec in best.items()}
     target = math.inf

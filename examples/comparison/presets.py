@@ -31,25 +31,25 @@ class Preset(NamedTuple):
 
     Attributes:
       model: the model of all studies that do not vary it.
-      batch_size: windows in a batch.
-      steps: of a whole run.
-      seeds: for every pair of numbers that is compared; searches use the first.
+      batch_size: number of windows in a batch.
+      steps: number of steps of a whole run.
+      seeds: the seeds of every pair of numbers that is compared; searches use the first.
       contenders: names of optimizers.
-      fractions: of the steps, for the contenders in `shortened`, from the longest to the shortest.
+      fractions: fractions of the steps for the contenders in `shortened`, in descending sequence.
         The program adds shorter ones while the loss is still below AdamW's.
       shortened: contenders that are also trained with fewer steps.
       tunes: whether b2 and weight decay are tuned besides the learning rate.
-      rates: learning rates in a search before it is extended: 3, or 1 for the default alone.
-      extensions: most rates that a search adds.
+      rates: number of learning rates in a search before it is extended: 3, or 1 for the default.
+      extensions: largest number of rates that a search adds.
       evaluations: number of evaluations in a run.
       held_out_batches: number of batches, and of windows in each.
       studies: the studies that run by default.
-      budget_hours: what all of them may take.
-      frequency: of the study `frequency`; its values are frequencies.
-      batch: of the study `batch-size`; its values are tokens in a batch.
-      tiles: of the study `tiles`; its values are widths.
-      width: of the study `width`.
-      micro_batch: most windows whose gradients are computed at once.
+      budget_hours: hours that all of them may take.
+      frequency: grid of the study `frequency`; its values are frequencies.
+      batch: grid of the study `batch-size`; its values are tokens in a batch.
+      tiles: grid of the study `tiles`; its values are widths.
+      width: grid of the study `width`; its values are widths.
+      micro_batch: largest number of windows whose gradients are computed at once.
     """
 
     model: Model

@@ -1,8 +1,8 @@
 """The files of results: a row for every run, and the points of its curve.
 
 `runs.csv` has the settings, losses, times and versions of each complete run. `curves.csv` has at
-most `MOST_POINTS` points of each. A file is written beside the old one and then replaces it, so
-that an interruption never leaves a part of a row.
+most `MOST_POINTS` points of each. A new file is written beside the old one and then replaces it,
+so that an interruption never leaves a part of a row.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Record:
 
 
 class Circumstances(NamedTuple):
-    """Where and with which text and versions runs take place."""
+    """The machine, the text and the versions of a run."""
 
     text: str
     device: str
@@ -80,7 +80,7 @@ class Circumstances(NamedTuple):
 
 
 def circumstances(text: str) -> Circumstances:
-    """The present ones; `text` is the checksum of the text."""
+    """The current circumstances; `text` is the checksum of the text."""
     device = jax.devices()[0]
     kind = processor() if device.platform == "cpu" else device.device_kind
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

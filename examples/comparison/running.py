@@ -33,7 +33,7 @@ class Data(NamedTuple):
       text: training and held-out tokens.
       evaluations: number of evaluations in a run.
       held_out_batches: number of batches, and of windows in each.
-      micro_batch: most windows whose gradients are computed at once, or None for no limit.
+      micro_batch: largest number of windows whose gradients are computed at once, or None.
     """
 
     text: Text
@@ -176,14 +176,14 @@ def compile_program(spec: Spec, data: Data) -> Program:
 
 
 class Hooks(NamedTuple):
-    """Functions that the caller lends to a run.
+    """Functions and flags of the caller for a run.
 
     Attributes:
       advance: called after each step with the number of the step and its loss.
       stop: if set, the run writes a checkpoint and stops after the step.
       open_checkpoints: the checkpoints of the run, opened at the first use.
       has_checkpoints: whether there may be one already.
-      seconds: between two checkpoints.
+      seconds: time between two checkpoints.
     """
 
     advance: Callable[[int, float], Any]

@@ -16,7 +16,7 @@ class Model(NamedTuple):
 
     Attributes:
       kind: `byte` is the model of byte_gpt.py, and `paper` that of paper_gpt.py. `scaled` is `byte`
-        with initial kernels in proportion to the root of the width's inverse.
+        with initial kernels proportional to `1 / sqrt(width)`.
       vocabulary: the number of tokens; 256 for bytes.
     """
 
@@ -35,15 +35,15 @@ class Spec:
     Attributes:
       contender: a name in `contenders.CONTENDERS`.
       options: further arguments of the contender, as `name=value,...`.
-      learning_rate: the highest of the schedule.
+      learning_rate: the highest rate of the schedule.
       b1: decay of the first moment.
       b2: decay of the second moment.
       weight_decay: strength of the decoupled weight decay.
       frequency: number of steps from one refresh to the next.
       model: the model.
-      steps: number of steps, over which the schedule goes once.
+      steps: number of steps, which is also the length of the schedule.
       batch_size: number of windows in a batch.
-      seed: of the initial weights and the batches.
+      seed: the seed of the initial weights and the batches.
     """
 
     contender: str
@@ -60,7 +60,7 @@ class Spec:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """All settings in one level, as in a row of the CSV."""
+        """All settings by column, as in a row of the CSV."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         sizes = dict(zip(Model._fields[1:], self.model[1:], strict=True))
         return values | {"model": self.model.kind} | sizes
@@ -73,7 +73,7 @@ class Spec:
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """The settings in the compiled step. All others are its arguments."""
+        """The settings that the compiled step contains. All others are its arguments."""
         return self.contender, self.options, self.model, self.batch_size
 
     @property

@@ -63,7 +63,7 @@ def spread(values: Iterable[float], form: str = ".4f") -> str:
 
 
 def difference(records: Records, spec: Spec, other: Spec) -> str:
-    """The loss minus another one, seed by seed; marked where it is within the spread."""
+    """The difference of two losses, seed by seed; marked if it is within the spread."""
     ours, theirs = finite_losses(records, spec), finite_losses(records, other)
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if spec.group == other.group or not pairs:

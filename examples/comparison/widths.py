@@ -1,4 +1,4 @@
-"""Learning rates by width, after the rules of arXiv 2512.05620.
+"""Learning rates by width, by the rules of arXiv 2512.05620.
 
 The rules keep the change of activations in a step the same at every width. For a matrix that maps
 `d_in` features to `d_out`, SOAP's learning rate is proportional to
@@ -29,7 +29,7 @@ def rule(inputs: int, outputs: int, block_size: int | None) -> float:
 
 
 def width_scales(params: Any, base_width: int, block_size: int | None) -> Any:
-    """The scale of each parameter's learning rate, which is 1 at the width `base_width`.
+    """The scale of each parameter's learning rate; it is 1 at the width `base_width`.
 
     Args:
       params: the parameters of a model in this folder, or their shapes. Kernels are

@@ -1,6 +1,6 @@
 """The equations of SOAP and Shampoo, for one block: steps, eigenbases, roots, refresh methods.
 
-It computes in the dtype of the statistics, and returns each field in the dtype in which it came.
+Computations are in the dtype of the statistics. Each field of a state keeps its stored dtype.
 
 May import: `soap_optax.linalg`, `soap_optax.state`, JAX. Must never know: stacks, parameter trees,
 meshes, or when a refresh is due.

@@ -1,4 +1,4 @@
-"""KL factors of one block: each factor is whitened by the eigenvalue estimates of the other axes.
+"""KL factors of one block: averages of gradients that are whitened along the other axes.
 
 For a matrix `G` of shape `(m, n)` with bases `Q_L`, `Q_R` and estimates `l_L`, `l_R` of the
 factors' eigenvalues, a step is
@@ -12,8 +12,8 @@ factors' eigenvalues, a step is
 with the old `l` on all right-hand sides. `1 / sqrt(l)` is at most `LARGEST_INVERSE_ROOT`. The first
 gradient enters with weight one and is not whitened: `L = G G^T / n`.
 
-In a block of more dimensions, a factor is whitened along all other preconditioned axes. An axis
-without a factor is whitened by one. With one preconditioned axis nothing is whitened.
+In a block of more dimensions, the gradient is whitened along all other preconditioned axes. With
+one preconditioned axis nothing is whitened.
 
 References:
   Lin et al., `Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization
@@ -147,7 +147,7 @@ def is_whitenable(
 ) -> Array:
     """Whether no entry of the whitened Gram matrices of a gradient can overflow.
 
-    The gradient's sum of squares, times the largest whitening of all axes but one, bounds every
+    The gradient's sum of squares, times the largest `1 / l` of each axis but one, bounds every
     entry. See `step.is_acceptable`, which bounds the entries without whitening.
     """
     largest = min(float(jnp.finfo(dtype).max) for dtype in (grad.dtype, *stored))

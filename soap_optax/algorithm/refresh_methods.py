@@ -163,10 +163,10 @@ def descending_permutation(product: Array, basis: Array, first: Array) -> Array:
 
 
 def over_axes(function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[Any]:
-    """Calls a function for every axis of a block, with the axis' own tree of arrays.
+    """Calls a function for every axis of a block, with the arrays of that axis.
 
-    On accelerators, where decompositions compile slowly, axes of the same length share one program.
-    On CPUs each axis has a program of its own.
+    On accelerators, where decompositions compile slowly, axes of equal length share one program. On
+    CPUs each axis has its own program.
     """
 
     def each(inputs: Sequence[Any]) -> list[Any]:

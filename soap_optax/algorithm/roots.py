@@ -132,8 +132,8 @@ def inverse_root(
       exponent: the root is the power of minus this number, a scalar.
       uncertainty: eigenvalues of the damped factor below this share of the factor's largest are
         rounding errors, and are raised to it.
-      most_negative: an eigenvalue below minus this share of the largest is no rounding error, and
-        neither is a larger difference from symmetry. The factor is then not symmetric positive.
+      most_negative: the share of the largest up to which a negative eigenvalue, or an asymmetry, is
+        a rounding error. Beyond it the factor is not symmetric positive.
     """
     rows = zero_rows(factor)
     vectors = with_unit_vectors(descending_eigenvectors(factor, rows), rows)

@@ -8,10 +8,10 @@ matrix `G` of shape `(m, n)` with factors `L = E[G G^T]` and `R = E[G^T G]`, a s
     U = P_L M P_R                           the direction
     N = U |A| / |U|                         the update, grafted to the norm of `A`
 
-`A` is the direction of the method that is grafted onto: Adam's, RMSprop's, or the gradient.
+`A` is the direction of the grafting method: Adam's, RMSprop's, or the gradient.
 
-With KL factors, eigenvectors `Q` and estimates `l` of the factors' eigenvalues are in the place of
-the roots: `P_L = Q_L diag((l_L + eps)^-p) Q_L^T`. The estimates include the step's gradient.
+With KL factors, eigenvectors `Q` and estimates `l` of the factors' eigenvalues replace the roots:
+`P_L = Q_L diag((l_L + eps)^-p) Q_L^T`. The estimates include the step's gradient.
 """
 
 from collections.abc import Sequence
@@ -128,7 +128,7 @@ def multiply_by_roots(
 def grafting_direction(
     grad: Array, mu: Array, nu: Array, applied_update: Array, hyper: ShampooHyperparameters
 ) -> Array:
-    """The direction `A` of the method that is grafted onto, at applied update `s`, `(*block)`."""
+    """The direction `A` of the grafting method, at applied update `s`, `(*block)`."""
     if hyper.grafting == "sgd":
         return grad
     if hyper.grafting == "rmsprop":  # Adam without a first moment.

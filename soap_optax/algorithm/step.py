@@ -128,8 +128,8 @@ def has_started(state: StackState) -> Array:
 def second_moment_of_one(mu: Array, hyper: Hyperparameters) -> Array:
     """The second moment after one gradient, from the first moment, `(*block)`.
 
-    A factored second moment estimates small entries of one gradient by numbers that are too small:
-    in its eigenbases a matrix is diagonal. Its update would contain one over each singular value.
+    In its eigenbases a gradient is diagonal, and marginals underestimate its small entries. The
+    update would contain the inverse of each singular value.
     """
     return (1 - hyper.b2) * jnp.square(mu / (1 - hyper.b1))
 
@@ -193,8 +193,7 @@ def rounding_level(root: Array) -> Array:
     """The level up to which an entry of `root` may be a rounding error alone, a scalar.
 
     For gradients so small that the square of this level underflows, the level is 0. A sound entry
-    may then have a root of 0, and the default `eps` exceeds
-    every root.
+    may then have a root of 0, and the default `eps` exceeds every root.
 
     Args:
       root: the root of the second moment of a block, `(*block)`.

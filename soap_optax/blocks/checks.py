@@ -94,8 +94,8 @@ def _dtype_of(leaf: Any) -> DTypeLike | None:
 def statistics_of(state: Any, updates: Any, params: Any) -> list[DTypeLike]:
     """The dtype of each leaf's statistics: the state decides, whatever the gradients' dtypes.
 
-    A state with statistics in one dtype decides for all leaves. With both float32 and float64, the
-    parameters decide, from which the state was made, or the gradients if there are no parameters.
+    A state with statistics in one dtype decides for all leaves. If it has both float32 and float64,
+    the parameters decide, or the gradients if there are no parameters.
 
     Args:
       state: the state handed to `update`.

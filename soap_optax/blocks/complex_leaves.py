@@ -1,13 +1,13 @@
 """Complex leaves as pairs of real leaves.
 
 A complex leaf is optimized as two real leaves, its real and its imaginary part. Each has its own
-blocks, with factors, bases and moments of its own. This is the meaning that
-`optax.contrib.split_real_and_imaginary` gives to any optimizer, so both give the same updates.
+blocks, factors, bases and moments. The updates are those of
+`optax.contrib.split_real_and_imaginary`. Pairs of equal blocks share a stack, and every option
+works as for real leaves.
 
 The alternatives are complex factors with unitary bases, or blocks with an axis of length two for
-the parts. Complex factors need complex decompositions, and refresh methods of their own. An axis of
-length two changes the shapes to which `block_size` and `dimension_numbers` refer. Pairs of equal
-blocks share a stack, and every option works as for real leaves.
+the parts. Complex factors need complex decompositions and refresh methods. An axis of length two
+changes the shapes to which `block_size` and `dimension_numbers` refer.
 """
 
 import numbers

@@ -1,4 +1,4 @@
-"""Padding of stacks: the same blocks in stacks of several lengths."""
+"""Padding of stacks: moves blocks to a stack of another length."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from soap_optax.blocks.plan import Group
 
 
 def repad(stack: Array, group: Group, length: int) -> Array:
-    """The blocks of a stack in a stack of another length, with zeros as padding."""
+    """The same blocks in a stack of another length, with zeros as padding."""
     if len(stack) == length:
         return stack
     return take_or_zero(stack, padding_sources(group, len(stack), length))

@@ -1,4 +1,4 @@
-"""Arguments with an entry for every parameter, given as a prefix of the tree of parameters."""
+"""Arguments with an entry for each parameter, as a tree or a prefix of the parameters' tree."""
 
 from collections.abc import Callable, Container
 from typing import Any

@@ -47,8 +47,8 @@ def shard_axis(
       axis: the axis to shard.
       sharding: the mesh axes to shard over, as a sharding of axis 0.
       presharded: the number of these mesh axes that shard the axis already.
-      unknown: whether further mesh axes may shard the axis already, as only XLA knows. If False,
-        the axis is first replicated over all further mesh axes.
+      unknown: whether other mesh axes may shard the axis already, which only XLA knows. If False,
+        the axis is first replicated over all other mesh axes.
     """
     steps = _unsharding_steps(sharding, presharded, unknown)
     return _constrain_stepwise(array, {axis: sharding}, reversed(steps))

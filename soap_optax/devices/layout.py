@@ -17,7 +17,7 @@ Starts = Mapping[int, ArrayLike]
 
 
 class Layout(Protocol):
-    """Where leaves and stacks are, and the way from one to the other."""
+    """The shardings of leaves and stacks, and the functions from one to the other."""
 
     plan: Plan
 
@@ -143,7 +143,7 @@ def split_vector(vector: Array, shapes: Sequence[Shape]) -> list[Array]:
 
 
 def append_zeros(vector: Array, count: int) -> Array:
-    """The vector with so many zeros at its end."""
+    """The vector with this number of zeros appended."""
     if not count:
         return vector
     return jnp.concatenate([vector, jnp.zeros(count, vector.dtype)])

@@ -1,4 +1,4 @@
-"""The shardings of the leaves, as their types or `param_shardings` specify them."""
+"""The known shardings of the leaves, from their types or from `param_shardings`."""
 
 import math
 from collections.abc import Sequence

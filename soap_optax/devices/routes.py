@@ -3,9 +3,9 @@
 Leaves are resharded whole, once for each block shape, if all leaves of that shape are sharded the
 same way, along axes of their blocks or not at all.
 
-Other leaves are resharded twice, as slices. A leaf that is sharded along a tiled axis has whole
-tiles on each device, or a part of one, but not the tiles that the stack needs there. So all blocks
-are first cut into equal slices, one for each device, which are then resharded like leaves.
+Other leaves are resharded twice, as slices. If a leaf is sharded along a tiled axis, a device holds
+whole tiles or a part of one, but not the tiles that its shard of the stack needs. So all blocks are
+first cut into equal slices, one for each device, which are then resharded like leaves.
 """
 
 import itertools

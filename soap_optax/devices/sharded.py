@@ -1,4 +1,4 @@
-"""The layout on a mesh: stacks sharded along axis 0, leaves as the user shards them."""
+"""The layout on a mesh: stacks are sharded along axis 0, leaves as the user shards them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

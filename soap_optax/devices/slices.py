@@ -128,7 +128,7 @@ class Slices:
 def _best_tile_axis(
     block: Shape, lengths: Mapping[str, int], whole: Sequence[Sequence[str]]
 ) -> tuple[int, Sequence[str]]:
-    """The first axis of a tile that shards evenly over most devices, and the finer axes for it.
+    """The axis of a tile that shards evenly over the most devices, and the finer axes for it.
 
     The finer axes compose whole mesh axes, the last ones if there is a choice: parameters are most
     often sharded over these. If the last parts of one mesh axis give more devices, they are chosen

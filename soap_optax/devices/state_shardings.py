@@ -64,8 +64,8 @@ def _other_sharding(
     """The sharding of a leaf of another transformation of the chain.
 
     It is the leaf's own sharding, if that is on the mesh. Otherwise it is the sharding of its
-    parameter: the one of the same shape whose path ends the leaf's path. If the mesh has neither,
-    the leaf is replicated.
+    parameter: the one of the same shape whose path is the end of the leaf's path. If neither is on
+    the mesh, the leaf is replicated.
     """
     endings = [path[start:] for start in range(len(path) + 1)]
     mirrored = [params[end] for end in endings if end in params]

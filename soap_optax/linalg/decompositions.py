@@ -1,9 +1,9 @@
 """Decompositions of single matrices: QR, Cholesky QR and eigenvectors.
 
-LAPACK is called for one matrix at a time, under any transformation of the caller. Batched
-decompositions under a conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU
-programs slow to compile. `sequential_vmap` turns a batch into a loop. Such a loop has no reverse
-mode, so each decomposition has its derivative from `soap_optax.linalg.derivatives`.
+LAPACK is called for one matrix at a time, also under `vmap`. Batched decompositions under a
+conditional hang for good in jaxlib 0.10 on two CPU cores, and make TPU programs slow to compile.
+`sequential_vmap` turns a batch into a loop. Such a loop has no reverse mode, so each decomposition
+has its derivative from `soap_optax.linalg.derivatives`.
 """
 
 from functools import partial

@@ -48,7 +48,7 @@ def derivative_of_eigenvectors(matrix: Array, tangent: Array, vectors: Array) ->
 
 
 def derivative_of_qr(matrix: Array, tangent: Array, basis: Array) -> Array:
-    """The derivative of the `Q` of a QR decomposition, `(d, d)`, whatever the signs of its columns.
+    """The derivative of the `Q` of a QR decomposition, `(d, d)`, for any signs of its columns.
 
     With `W = L - L^T`, `L` is the strict lower triangle of `Q^T dA R^-1`.
     """

@@ -21,7 +21,7 @@ def largest_magnitude(array: Array) -> Array:
 
 
 def is_finite(matrix: Array) -> Array:
-    """Whether all entries are finite, of a matrix whose trace bounds them, as that of a factor.
+    """Whether all entries are finite. The trace must bound them, as in a factor.
 
     The sum of all magnitudes is at most `d` times the trace. So their mean row sum overflows only
     where the trace does.

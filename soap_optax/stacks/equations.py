@@ -1,7 +1,7 @@
 """Which equations the blocks of a stack follow: an interface, and its implementation for SOAP.
 
-Everything else of a stack is the same for SOAP and Shampoo: when a block is refreshed, the loop
-over blocks, the guards of gradients, meshes. `soap_optax.stacks.shampoo_equations` has Shampoo's.
+SOAP and Shampoo share everything else: the timing of refreshes, the loop over blocks, the checks of
+gradients, and meshes. `soap_optax.stacks.shampoo_equations` has Shampoo's.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Equations(Protocol):
         ...
 
     def first_gradients(self, grads: Array, state: Any, hyper: Any) -> FirstGradient | None:
-        """The gradients of a stack, where the first ones make an update; None where they do not."""
+        """The gradients of a stack if the first ones make an update, otherwise None."""
         ...
 
     def rule(self, hyper: Any, rule: RefreshRule) -> Any:
@@ -82,7 +82,7 @@ class Equations(Protocol):
         hyper: Any,
         averages_factors: bool,
     ) -> tuple[Array, Any]:
-        """Takes a step with one block, and averages the gradient into its factors if asked to."""
+        """Takes a step with one block; also averages its factors if `averages_factors`."""
         ...
 
 

@@ -60,7 +60,7 @@ def _hide_values(state: PreconditionerState) -> PreconditionerState:
     """Hides from XLA that moments are zero and bases the identity, where `init` is traced.
 
     In jaxlib 0.10 to 0.12, XLA for CPUs miscompiles products with long constants of zeros that it
-    fuses with later operations. The sum over a first update, which is zero, was NaN, or 1e37.
+    fuses with later operations. The sum over a first update, which is zero, became NaN or 1e37.
     Concrete arrays are returned unchanged.
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):

@@ -37,7 +37,7 @@ class RefreshTiming:
 
 
 class BlockForm(NamedTuple):
-    """What all blocks of a stack share.
+    """The properties that all blocks of a stack share.
 
     Attributes:
       axes: the preconditioned axes, ascending.
@@ -66,9 +66,9 @@ def is_due(state: AnyStackState, phases: Array, timing: RefreshTiming) -> Array:
     """Whether each block is due for a refresh if its gradient is accepted, `(blocks,)`.
 
     A block is due if it has factors and no basis yet, or `frequency` updates after its last refresh
-    was due. A staggered block waits for its phase in the cycle: from half a cycle after its last
-    refresh, and for one and a half cycles at most. So blocks return to their phases when the
-    frequency changes, and no block is forgotten while it keeps changing. A block that rejects its
+    was due. A staggered block is due at its phase, from half a cycle after its last refresh. After
+    one and a half cycles it is due at any phase. So blocks return to their phases after the
+    frequency changes, and no block waits for long while it changes. A block that rejects its
     gradient waits, so that its state does not change.
 
     Args:
@@ -112,8 +112,8 @@ def refresh_if_due(
       due: whether each block is due, `(blocks,)`.
       rule: how to refresh.
       form: what all blocks share.
-      first: the gradients of the step, `(blocks, *block)`, which start the moments of the blocks
-        whose first ones they are; None if the first gradients make no update.
+      first: the gradients of the step, `(blocks, *block)`; a block's first one enters its moments.
+        None if the first gradients make no update.
     """
     return lax.cond(
         any_unbatched(due),

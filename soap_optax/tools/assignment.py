@@ -11,7 +11,7 @@ from soap_optax.tools.labels import default_labels
 
 
 class Assignment(NamedTuple):
-    """Who updates each parameter of a tree.
+    """The optimizer of each parameter of a tree, and the dimension numbers.
 
     Attributes:
       labels: the tree with ``"soap"`` or ``"adamw"`` in place of every parameter.

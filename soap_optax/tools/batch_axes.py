@@ -27,9 +27,9 @@ def stacked_axes(parameters: Sequence[Parameter], siblings: Siblings) -> list[Ax
     """The axes along which whole subtrees are stacked, for each parameter.
 
     A subtree is stacked along an axis under two conditions. All its parameters have the same length
-    there, and one of its biases or scales has an axis too many. The axis is the first one. Or it is
-    the second one, if that is shorter than the first one in these biases and scales. The subtree is
-    then searched again without that axis.
+    there, and one of its biases or scales has an axis too many. The axis is the first one, or the
+    second one if that is shorter in these biases and scales. The subtree is then searched again
+    without that axis.
     """
     vectors = {
         number: extra_axes(parameter)

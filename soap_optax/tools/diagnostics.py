@@ -60,9 +60,8 @@ def diagnostics(state: Any, *, sample: int | None = 1) -> dict[str, Array]:
     all blocks. ``soap/adam/direction_rms`` is the same for parameters without a preconditioner,
     where all entries with :math:`V > 0` count.
 
-    The keys of `shampoo` begin with ``shampoo/``. Its ``direction_rms`` is that of the method to
-    graft onto, where that has a second moment. Its roots have one scalar in place of the first
-    three:
+    The keys of `shampoo` begin with ``shampoo/``. Its ``direction_rms`` is that of the grafting
+    method, if that has a second moment. Its roots have one scalar in place of the first three:
 
     - ``shampoo/512x2048/commutator``: :math:`\|L P - P L\|_F / (\|L\|_F \|P\|_F)` of a factor and
       its root. It is 0 right after a refresh, up to rounding, and grows while the factor's

@@ -1,7 +1,7 @@
 """The rows and columns of a kernel's matrix, from its path and shape.
 
-These functions get the kernel's axes without those of layers and experts. They return None for a
-kernel of another kind.
+These functions get the kernel's axes without those of layers and experts. They return None for
+kernels that they do not handle.
 """
 
 import re
@@ -88,9 +88,9 @@ def _is_in_attention(parameter: Parameter, siblings: Siblings) -> bool:
 
 
 def _is_stack(parameter: Parameter, siblings: Siblings) -> bool:
-    """Whether a projection of three axes is a stack of matrices, and no kernel with heads.
+    """Whether a projection of three axes is a stack of matrices, not a kernel with heads.
 
-    Both have the model's axis: a projection to heads in front, and one back from heads at the end.
+    A projection to heads has the model's axis in front, and one back from heads at the end.
     """
     first, middle, end = parameter.shape
     is_output = _role(parameter) in _OUTPUTS

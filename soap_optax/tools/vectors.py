@@ -54,7 +54,7 @@ def is_vector(parameter: Parameter, siblings: Siblings) -> bool:
 
 
 def extra_axes(vector: Parameter) -> int:
-    """The number of axes of a vector beside its own.
+    """The number of axes of a vector beyond its own.
 
     A bias of a projection to heads has two axes of its own, ``(heads, head_dim)``. Trailing axes of
     length 1 belong to a convolution's bias in Equinox.
