@@ -51,26 +51,26 @@ def is_set(variable: str) -> bool:
     return os.environ[variable].lower() in ("y", "yes", "t", "true", "on", "1")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Environment variables reach the processes that tests start.
-    #
-    # Compiling takes most of the time, and twice as long with XLA's new emitters of fused loops.
-    # JAX 0.12 ignores this option.
+def compile_fast() -> None:
+    """Makes XLA compile programs for CPUs faster, and these run slower.
+
+    Compiling takes most of the time of the tests: twice as long with XLA's new emitters of fused
+    loops, and half as long again with LLVM's optimizations. Tests with `optimized_programs` have
+    the latter. JAX 0.12 ignores the option of the former.
+
+    Environment variables reach the processes that tests start.
+    """
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
         + os.environ.get("XLA_FLAGS", "")
     )
-    if runs_long_tests(config):
-        hypothesis.settings.load_profile("long")
-    else:
-        hypothesis.settings.load_profile("short")
-        # Compiling takes half as long again with LLVM's optimizations. The long suite has them,
-        # apart from tests with `unoptimized_programs`, and so does every test with
-        # `optimized_programs`.
-        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update(
-            "jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS")
-        )
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("long" if runs_long_tests(config) else "short")
+    compile_fast()
     if not config.getoption("numprocesses", None):  # Not in the process that distributes tests.
         start_jax()
 
@@ -96,24 +96,13 @@ for _profile, _examples in (("short", 3), ("long", 10)):
     )
 
 
-def compile_with_most_optimizations(disabled: bool) -> Iterator[None]:
-    """The body of a fixture that sets whether most of LLVM's optimizations are disabled."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", disabled)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def optimized_programs() -> Iterator[None]:
-    """Compiles the programs of a test as users do, in the short suite too."""
-    yield from compile_with_most_optimizations(disabled=False)
-
-
-@pytest.fixture
-def unoptimized_programs() -> Iterator[None]:
-    """Compiles the programs of a test fast, in the long suite too."""
-    yield from compile_with_most_optimizations(disabled=True)
+    """Compiles the programs of a test with LLVM's optimizations, as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from helpers.one_matrix import gradients
 import soap_optax
 
 # The finite differences come from optimized programs, which round less.
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "optimized_programs")
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """What the two rules for null directions change in training runs of the byte-level GPT.
 
     pip install ".[benchmarks]"
-    python tests/benchmarks/null_directions.py --seeds 10
+    python tests/benchmarks/null_directions.py
 
 docs/explanation/numerics.md has the rules: rows without a gradient are decoupled from a basis, and
 entries below the floor of the second moment get no update. The benchmark trains every seed with
@@ -79,7 +79,7 @@ class Comparison(NamedTuple):
         return [ours - theirs for ours, theirs in zip(*self, strict=True)]
 
     def table(self) -> str:
-        """Means with standard deviations over seeds."""
+        """Means, with standard deviations over seeds and standard errors."""
         rows: Mapping[str, list[float]] = {
             "both rules": self.rules,
             "neither": self.neither,
@@ -89,6 +89,9 @@ class Comparison(NamedTuple):
             "run": lambda row: row[0],
             "mean final loss": lambda row: f"{statistics.mean(row[1]):.4f}",
             "standard deviation over seeds": lambda row: f"{statistics.stdev(row[1]):.4f}",
+            "standard error of the mean": lambda row: (
+                f"{statistics.stdev(row[1]) / len(row[1]) ** 0.5:.4f}"
+            ),
         }
         return results.markdown(columns, rows.items())
 
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = partial(parser.add_argument, type=whole_number, metavar="N")
-    add("--seeds", default=10, help="seeds, at least two")
+    add("--seeds", default=24, help="number of seeds, at least two")
     add("--steps", default=400, help="training steps")
     add("--layers", default=2, help="transformer blocks")
     add("--width", default=64, help="length of the residual vectors")

@@ -1,17 +1,9 @@
-"""Programs for eight devices are large: they compile without most optimizations, and are freed.
-
-LLVM's optimizations come after the communication is decided. The examples compile as users do.
-"""
+"""Programs for eight devices are large, so each test frees its own."""
 
 from collections.abc import Iterator
 
 import jax
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def fast_compilation(unoptimized_programs: None) -> None:
-    """Applies the fixture to all tests in this folder."""
 
 
 @pytest.fixture(autouse=True)
