@@ -123,7 +123,7 @@ def numbers_of(dtype: str, rate: float, b1: float, b2: float, frequency: int) ->
     return Numbers(kind(rate), kind(b1), kind(b2), whole(frequency))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def compile_program(setup: Setup) -> Program:
     """Compiles the step and the evaluation of a setup, or takes those of an earlier call.
 

@@ -54,7 +54,7 @@ SMOOTH = {
     "kdv": ((0.1, 0.5), (-0.9, 0.9)),
     "helmholtz": ((-0.8, 0.8), (-0.8, 0.8)),
 }
-STENCIL = 9  # grid points on each axis from which a polynomial interpolates
+STENCIL = 13  # grid points on each axis from which a polynomial interpolates
 
 
 def interpolated(reference: Any, points: np.ndarray) -> Any:
@@ -152,18 +152,24 @@ def test_allen_cahn_converges_in_modes_and_steps():
 
 
 def test_derivatives_are_those_of_the_field(x64: None):
-    points = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 2)))
+    points = np.random.default_rng(0).uniform(size=(5, 2))
     t, x = points.T
 
     def field(points: jax.Array) -> jax.Array:
         return jnp.exp(points[:, 0]) * jnp.sin(2 * points[:, 1])
 
-    along_x = problems.derivatives(field, points, 1, 3)
-    sine, cosine = jnp.exp(t) * jnp.sin(2 * x), jnp.exp(t) * jnp.cos(2 * x)
+    @jax.jit
+    def both(points: jax.Array) -> list[tuple[jax.Array, ...]]:
+        return [
+            problems.derivatives(field, points, axis, order) for axis, order in ((0, 2), (1, 3))
+        ]
+
+    along_t, along_x = both(jnp.asarray(points))
+    sine, cosine = np.exp(t) * np.sin(2 * x), np.exp(t) * np.cos(2 * x)
+    for found in along_t:
+        np.testing.assert_allclose(found, sine, rtol=1e-13)
     for found, expected in zip(along_x, (sine, 2 * cosine, -4 * sine, -8 * cosine), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-13)
-    for found in problems.derivatives(field, points, 0, 2):
-        np.testing.assert_allclose(found, sine, rtol=1e-13)
 
 
 def test_causal_weights_fall_with_the_residuals_before():
@@ -181,10 +187,11 @@ def test_causal_weights_fall_with_the_residuals_before():
 
 def test_points_of_an_evolution_are_sorted_by_time_and_inside():
     problem = EQUATIONS["kdv"]
-    points = losses.sample_points(problem, 64, jnp.dtype("float32"), jax.random.key(0))
-    assert (jnp.diff(points[:, 0]) >= 0).all()
-    assert (points >= jnp.array(problem.lower)[None]).all()
-    assert (points <= jnp.array(problem.upper)[None]).all()
+    sample = jax.jit(lambda key: losses.sample_points(problem, 64, jnp.dtype("float32"), key))
+    points = np.asarray(sample(jax.random.key(0)))
+    assert (np.diff(points[:, 0]) >= 0).all()
+    assert (points >= problem.lower).all()
+    assert (points <= problem.upper).all()
     assert (points[:, 1] < 0).any()
 
 
@@ -193,10 +200,11 @@ def test_a_network_of_a_periodic_equation_is_periodic(size: Any):
     params, fixed, apply = network.make_network(size, EQUATIONS["kdv"], 0)
     walls = jnp.array([[0.3, -1.0], [0.3, 1.0], [0.3, 0.0]])
 
-    def field(points: jax.Array) -> jax.Array:
-        return apply(params, fixed, points)
+    @jax.jit
+    def along_x(points: jax.Array) -> tuple[jax.Array, ...]:
+        return problems.derivatives(lambda points: apply(params, fixed, points), points, 1, 2)
 
-    for left, right, middle in problems.derivatives(field, walls, 1, 2):
+    for left, right, middle in np.stack(along_x(walls)):
         # The cosine and sine of pi are rounded.
         assert left == pytest.approx(right, rel=1e-4)
         assert left != pytest.approx(middle, rel=1e-2)
@@ -227,13 +235,13 @@ def test_every_equation_takes_a_step_with_a_finite_loss(equation: str):
 
 @pytest.mark.parametrize("optimizer", mostly_long(optimizers.OPTIMIZERS, ["soap"]))
 def test_every_optimizer_starts_from_the_same_weights_and_points(optimizer: str):
-    adam = training.train(spec_of("helmholtz", "adam")).points
-    points = training.train(spec_of("helmholtz", optimizer)).points
+    adam = training.train(spec_of("burgers", "adam")).points
+    points = training.train(spec_of("burgers", optimizer)).points
     # The first loss is that of the initial weights, in another program.
     assert points[0].relative_l2 == adam[0].relative_l2
     assert points[1].loss == pytest.approx(adam[1].loss, rel=1e-5)
     assert math.isfinite(points[2].loss)
-    other = training.train(spec_of("helmholtz", "adam", seed=1)).points
+    other = training.train(spec_of("burgers", "adam", seed=1)).points
     assert other[0].relative_l2 != adam[0].relative_l2
 
 
@@ -284,7 +292,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_files_have_a_row_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--optimizer", "adam", "muon", "--learning-rate", "1e-2", "2e-2", "--seeds", "1", "2"]
+    flags = ["--optimizer", "adam", "soap", "--learning-rate", "1e-2", "2e-2", "--seeds", "1", "2"]
     out = tmp_path / "made" / "here"
     for _ in range(2):  # The second time replaces the files of the first.
         assert program.main([*FLAGS, *flags, "--out", str(out)]) == 0
@@ -293,8 +301,8 @@ def test_the_files_have_a_row_for_every_run(tmp_path: Path, capsys: pytest.Captu
     assert [tuple(row[name] for name in columns) for row in rows] == [
         ("adam", "0.01", "1"),
         ("adam", "0.01", "2"),
-        ("muon", "0.02", "1"),
-        ("muon", "0.02", "2"),
+        ("soap", "0.02", "1"),
+        ("soap", "0.02", "2"),
     ]
     for row in rows:
         assert row["status"] == "done"
@@ -307,7 +315,7 @@ def test_the_files_have_a_row_for_every_run(tmp_path: Path, capsys: pytest.Captu
     for name in ("solution.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     printed = capsys.readouterr().out
-    assert "Muon's error is" in printed
+    assert "SOAP's error is" in printed
     assert printed.count("Adam, seed 1: relative L2 error") == 2
 
 
