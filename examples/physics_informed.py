@@ -113,7 +113,7 @@ def closing_table(results: dict[Spec, Result]) -> str:
 
 
 def verdict(results: dict[Spec, Result]) -> str:
-    """Compares the error of each optimizer with Adam's: the geometric mean over seeds."""
+    """Divides Adam's error by that of each optimizer, as geometric means over seeds."""
     errors: dict[str, list[float]] = {}
     for spec, result in results.items():
         errors.setdefault(spec.label, []).append(result.relative_l2)
@@ -122,7 +122,7 @@ def verdict(results: dict[Spec, Result]) -> str:
         for label, values in errors.items()
     }
     return "\n".join(
-        f"{label}'s error is {means['Adam'] / mean:.2g} times smaller than Adam's."
+        f"Adam's error is {means['Adam'] / mean:.2g} times {label}'s."
         for label, mean in means.items()
         if label != "Adam" and "Adam" in means and math.isfinite(mean + means["Adam"])
     )

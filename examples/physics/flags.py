@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,9 @@ class Settings(argparse.Namespace):
     width: int
     precondition_frequency: int
     refresh: str
-    fourier_features: bool
+    fourier_scale: float
+    causal_tolerance: float
     weight_factorization: bool
-    causal_weights: bool
     out: Path | None
 
     @property
@@ -43,13 +44,7 @@ class Settings(argparse.Namespace):
     @property
     def size(self) -> Size:
         """The settings of the network."""
-        scale = EQUATIONS[self.equation].fourier_scale if self.fourier_features else 0.0
-        return Size(self.layers, self.width, scale, self.weight_factorization)
-
-    @property
-    def causal_tolerance(self) -> float:
-        """The tolerance of the causal weights, or 0 for equal weights."""
-        return EQUATIONS[self.equation].causal_tolerance if self.causal_weights else 0.0
+        return Size(self.layers, self.width, self.fourier_scale, self.weight_factorization)
 
     def spec(self, name: str, learning_rate: float, seed: int) -> Spec:
         """The settings of one run."""
@@ -80,8 +75,20 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     add_options(parser)
     settings = parser.parse_args(arguments, Settings())
     set_learning_rates(parser, settings)
+    set_options(settings)
     check(parser, settings)
     return settings
+
+
+def number_from_zero(text: str) -> float:
+    """Reads a finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+    return value
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ def add_numbers(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for sizes of the network and of the training."""
     for flag, default, meaning in (
         ("--steps", 4000, "number of training steps"),
-        ("--points", 1024, "number of collocation points, drawn anew in each step"),
+        ("--points", 1024, "number of collocation points, drawn anew in each step (by lbfgs once)"),
         ("--layers", 3, "number of hidden layers"),
         ("--width", 64, "width of the hidden layers"),
         ("--precondition-frequency", 2, "number of steps from one of SOAP's refreshes to the next"),
@@ -156,15 +163,23 @@ def add_numbers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the switches of the network and of the loss, and the folder."""
-    for flag, default, meaning in (
-        ("--fourier-features", True, "random Fourier features of the coordinates"),
-        ("--weight-factorization", True, "random weight factorization of the kernels"),
-        ("--causal-weights", True, "causal weights of the residual, if the solution evolves"),
+    """Adds the options of the network and of the loss, and the folder."""
+    for flag, metavar, meaning in (
+        ("--fourier-scale", "SCALE", "standard deviation of the random Fourier features"),
+        ("--causal-tolerance", "TOLERANCE", "tolerance of the causal weights of the residual"),
     ):
         parser.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default, help=meaning
+            flag,
+            type=number_from_zero,
+            metavar=metavar,
+            help=f"{meaning}, 0 for none (default: the equation's)",
         )
+    parser.add_argument(
+        "--no-weight-factorization",
+        dest="weight_factorization",
+        action="store_false",
+        help="train kernels without random weight factorization",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -193,16 +208,29 @@ def set_learning_rates(parser: argparse.ArgumentParser, settings: Settings) -> N
     settings.learning_rate = rates
 
 
+def set_options(settings: Settings) -> None:
+    """Takes the options that are not given from the equation."""
+    problem = EQUATIONS[settings.equation]
+    if settings.fourier_scale is None:
+        settings.fourier_scale = problem.fourier_scale
+    if settings.causal_tolerance is None:
+        settings.causal_tolerance = problem.causal_tolerance
+
+
 def check(parser: argparse.ArgumentParser, settings: Settings) -> None:
     """Exits with an error if flags contradict each other."""
     if len(set(settings.seeds)) < len(settings.seeds):
         parser.error("argument --seeds: name each seed once")
-    if settings.size.fourier_scale and settings.width % 2:
+    if settings.fourier_scale and settings.width % 2:
+        parser.error(f"argument --width: must be even with Fourier features, got {settings.width}")
+    if not settings.causal_tolerance:
+        return
+    if not EQUATIONS[settings.equation].evolves:
         parser.error(
-            f"argument --width: must be even with --fourier-features, got {settings.width}"
+            f"argument --causal-tolerance: must be 0, because {settings.equation} has no time"
         )
-    if settings.causal_tolerance and settings.points % CHUNKS:
+    if settings.points % CHUNKS:
         parser.error(
-            f"argument --points: must be a multiple of {CHUNKS} with --causal-weights, "
+            f"argument --points: must be a multiple of {CHUNKS} with causal weights, "
             f"got {settings.points}"
         )

@@ -117,9 +117,9 @@ class Network(nnx.Module):
 Apply = Callable[[nnx.State, nnx.State, Array], Array]
 
 
-def make_network(size: Size, problem: Problem, seed: int) -> tuple[nnx.State, nnx.State, Apply]:
+def make_network(size: Size, problem: Problem, key: Array) -> tuple[nnx.State, nnx.State, Apply]:
     """Returns the initial parameters, the arrays that are not trained, and the network."""
-    network = Network(size, problem.period, nnx.Rngs(seed))
+    network = Network(size, problem.period, nnx.Rngs(params=key))
     graph, params, fixed = nnx.split(network, nnx.Param, ...)
 
     def apply(params: nnx.State, fixed: nnx.State, points: Array) -> Array:  # (N, 2) -> (N,)

@@ -58,7 +58,8 @@ class Problem(NamedTuple):
       residual: left minus right side of the equation, from a field and points.
       faces: the initial and boundary conditions.
       reference: computes the solution.
-      condition_weight: weight of the conditions in the loss. The weight of the residual is 1.
+      condition_weight: weight of the conditions in the loss. The weight of the residual is 1. Both
+        are constant, unlike jaxpi's.
       fourier_scale: default standard deviation of the random Fourier features, or 0 for none.
       causal_tolerance: default tolerance of the causal weights, or 0 for equal weights.
     """

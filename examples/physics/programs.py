@@ -131,13 +131,14 @@ def compile_program(setup: Setup) -> Program:
     """
     problem, reference = EQUATIONS[setup.equation], reference_of(setup.equation)
     started = time.perf_counter()
-    _, _, apply = make_network(setup.size, problem, 0)
+    _, _, apply = make_network(setup.size, problem, jax.random.key(0))
     numbers = numbers_of(setup.dtype, 0.0, 0.9, 0.9, 1)
 
     def init(seed: int) -> Arrays:
-        params, fixed, _ = make_network(setup.size, problem, seed)
+        weights, points = jax.random.split(jax.random.key(seed))
+        params, fixed, _ = make_network(setup.size, problem, weights)
         state = OPTIMIZERS[setup.optimizer].make(numbers, setup.refresh).init(params)
-        return Arrays(params, fixed, state, jax.random.key(seed))
+        return Arrays(params, fixed, state, points)
 
     def evaluate(arrays: Arrays) -> tuple[Array, Array]:
         points, values = (
