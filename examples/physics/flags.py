@@ -71,6 +71,7 @@ class Settings(argparse.Namespace):
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Settings:
     """Reads and checks the flags."""
     add_choices(parser)
+    add_variants(parser)
     add_numbers(parser)
     add_options(parser)
     settings = parser.parse_args(arguments, Settings())
@@ -95,7 +96,7 @@ def number_from_zero(text: str) -> float:
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for the equation, the optimizers and their settings."""
+    """Adds the flags for the equation, the optimizers and their learning rates."""
     add = parser.add_argument
     add(
         "--equation",
@@ -120,6 +121,11 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="one rate for all optimizers, or one for each (default: tuned for Burgers)",
     )
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for seeds, dtype and refresh method."""
+    add = parser.add_argument
     add(
         "--seeds",
         nargs="+",
