@@ -1,0 +1,1 @@
+"""The parts of `physics_informed.py`."""
