@@ -74,6 +74,11 @@ def loss_of(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def logits_of(network: nn.Module, params: Any, inputs: np.ndarray | Array) -> Array:
+    """The network's output, `(n, classes)`."""
+    return jnp.asarray(network.apply({"params": params}, inputs))
+
+
 def compile_program(contender: Contender, task: Task) -> Program:
     """The functions of an optimizer on a task; each compiles when it is first called."""
     unit = warmed_up(1.0, task.steps)
@@ -85,14 +90,14 @@ def compile_program(contender: Contender, task: Task) -> Program:
         params: Any, state: Any, rate: Array, inputs: Array, labels: Array
     ) -> tuple[Any, Any, Array]:
         def loss(params: Any) -> Array:
-            return loss_of(task.network.apply({"params": params}, inputs), labels)
+            return loss_of(logits_of(task.network, params, inputs), labels)
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer(params, rate).update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     def measure(params: Any, examples: Examples) -> tuple[Array, Array]:
-        logits = task.network.apply({"params": params}, examples.inputs)
+        logits = logits_of(task.network, params, examples.inputs)
         labels = jnp.asarray(examples.labels)
         return loss_of(logits, labels), jnp.mean(logits.argmax(axis=1) != labels)
 

@@ -222,7 +222,7 @@ def test_the_factors_of_weight_factorization_leave_the_initial_kernels_as_they_a
 # Training -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("equation", mostly_long(EQUATIONS, ["burgers", "kdv"]))
 def test_every_equation_takes_a_step_with_a_finite_loss(equation: str):
     result = training.train(spec_of(equation, "adam"))
     assert [point.step for point in result.points] == [0, 1, 2]
@@ -256,6 +256,7 @@ def test_numbers_need_no_compilation():
     assert other.points[-1].loss < other.points[1].loss
 
 
+@pytest.mark.long
 def test_float64_computes_in_float64_and_is_switched_off_afterwards():
     before = jax.config.read("jax_enable_x64")
     result = training.train(spec_of("burgers", "adam", dtype="float64"))

@@ -178,6 +178,7 @@ def test_an_integer_parameter_raises_at_init_whoever_would_update_it(name: str) 
         soap_adamw(RATE).init(params)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_complex_parameters_count_as_two_real_ones_in_either_optimizer() -> None:
     rng = np.random.default_rng(0)

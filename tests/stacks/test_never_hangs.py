@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.cases import mostly_long, named
+from helpers.cases import named
 
 # Each process takes some ten seconds, most of them to compile. Only a process that hangs reaches
 # the limit, on a busy machine too.
@@ -86,7 +86,8 @@ scanned({"matrix": (96, 96)}, steps=10, seeds=8)
 }
 
 
-@pytest.mark.parametrize("case", mostly_long(named(CASES), ["scan and vmap"]))
+@pytest.mark.long
+@pytest.mark.parametrize("case", named(CASES))
 def test_every_refresh_ends(case: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     repository = pathlib.Path(__file__).parents[2]
