@@ -38,7 +38,7 @@ def default_labels(params: Any) -> Any:
 
     - has one of the words *emb, embs, embed, embeds, embedded, embedder, embedding, embeddings,
       unembed, unembedder, unembedding, wte, wpe, vocab, vocabulary, logit, logits, classifier,
-      lmhead*;
+      lmhead*; but ``pre_logits`` is a hidden layer;
     - is only the word *pos*, *position*, *positions*, *positional* or *tok*;
     - has the word *pos*, *position*, *positions* or *positional*, and ends in *bias, code, codes,
       enc, encoding, encodings* or *table*;
@@ -90,7 +90,8 @@ def default_labels(params: Any) -> Any:
 def _is_table_or_head(parts: Sequence[Sequence[str]]) -> bool:
     """Whether the words of any part of a path name an embedding, a table or an output head."""
     return any(
-        any(_EMBEDDING.fullmatch(word) or _HEAD.fullmatch(word) for word in words)
+        any(map(_EMBEDDING.fullmatch, words))
+        or (any(map(_HEAD.fullmatch, words)) and "pre" not in words)
         or _is_position_table(words)
         or words == ["tok"]
         or last_word(words) in _TOKEN

@@ -101,6 +101,7 @@ def test_embeddings_tables_and_output_heads_are_for_adamw(path: str) -> None:
         "pos_ffn/w_1/kernel",
         "table_mlp/kernel",
         "bias_mlp/kernel",
+        "pre_logits/kernel",
         "layers/0/weight",
         "kernel",
     ],
