@@ -172,6 +172,7 @@ MODELS = {
     "width_512": of_matrices(transformer(512, 2048), 4),
     "gpt2": of_matrices(transformer(768, 3072, fused=True), 2),  # 12 layers; GPT-2 small
     "gpt_256": of_matrices(transformer(256, 1024, fused=True), 12),
+    "gpt_64": of_matrices(transformer(64, 256), 48),  # for compile times over depth
     # The paper's models (Vyas et al., 2024, section 5), both with 24 layers.
     "360m": of_matrices(transformer(1024, 4096), 1),
     "660m": of_matrices(transformer(1408, 5632), 1),
