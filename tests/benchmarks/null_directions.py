@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = partial(parser.add_argument, type=whole_number, metavar="N")
-    add("--seeds", default=24, help="number of seeds, at least two")
+    add("--seeds", default=10, help="number of seeds, at least two")
     add("--steps", default=400, help="training steps")
     add("--layers", default=2, help="transformer blocks")
     add("--width", default=64, help="length of the residual vectors")
