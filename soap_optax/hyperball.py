@@ -173,7 +173,7 @@ def _mask_of_leaves(mask: Any, params: Any) -> list[bool]:
     """Whether each leaf is in the mask."""
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    tree = mask(params) if callable(mask) else mask
+    tree = blocks.tree_of(mask, params)
     entries = blocks.broadcast_prefix("mask", tree, params, lambda node: node is None)
     for entry in entries:
         if not isinstance(entry, (bool, np.bool_)):

@@ -181,7 +181,9 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         precision=precision,
     )
     # Checks the arguments now. A function may return None, which `merge_dims` needs.
-    make_soap(dimension_numbers=None if callable(dimension_numbers) else dimension_numbers)
+    make_soap(
+        dimension_numbers=None if blocks.is_function(dimension_numbers) else dimension_numbers
+    )
     adamw = optax.chain(
         scale_by_guarded_adam(adamw_b1, adamw_b2, eps, mu_dtype),
         optax.add_decayed_weights(weight_decay, mask),
@@ -193,7 +195,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     def optimizer_of(tree: Any) -> optax.GradientTransformationExtraArgs:
         assignment = assignment_of(tree, labels, dimension_numbers)
         transforms = {"soap": make_soap(dimension_numbers=assignment.dimension_numbers)}
-        return optax.partition({**transforms, "adamw": adamw}, assignment.labels)
+        # A function, because a tree with the structure of an Equinox module is callable.
+        return optax.partition({**transforms, "adamw": adamw}, lambda _: assignment.labels)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         if report is not None and not blocks.is_placeholder(params):

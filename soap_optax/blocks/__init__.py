@@ -17,7 +17,7 @@ from soap_optax.blocks.gather import (
 )
 from soap_optax.blocks.padding import padding_sources, repad, take_or_zero
 from soap_optax.blocks.plan import Group, Plan, Region
-from soap_optax.blocks.prefixes import broadcast_prefix
+from soap_optax.blocks.prefixes import broadcast_prefix, is_function, tree_of
 from soap_optax.blocks.views import (
     DEFAULT_MAX_PRECOND_DIM,
     Axes,
@@ -43,6 +43,7 @@ __all__ = [
     "concatenate",
     "consecutive_slices",
     "gather",
+    "is_function",
     "is_placeholder",
     "join_complex",
     "padding_sources",
@@ -55,4 +56,5 @@ __all__ = [
     "statistics_of",
     "take_or_zero",
     "tiles_of",
+    "tree_of",
 ]

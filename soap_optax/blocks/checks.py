@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from soap_optax.blocks.complex_leaves import split_complex
 from soap_optax.blocks.plan import Plan, make_plan
+from soap_optax.blocks.prefixes import tree_of
 from soap_optax.blocks.views import BlockOptions, axes_of_leaves
 from soap_optax.state import PreconditionerState
 
@@ -36,8 +37,7 @@ def plan_of(
       TypeError: if a leaf is not a floating-point or complex array.
       ValueError: if `dimension_numbers` do not fit the tree.
     """
-    if callable(dimension_numbers):
-        dimension_numbers = dimension_numbers(tree)
+    dimension_numbers = tree_of(dimension_numbers, tree)
     tree = split_complex(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = [check_leaf(path, leaf) for path, leaf in leaves]

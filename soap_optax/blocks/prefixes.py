@@ -8,6 +8,19 @@ import jax
 Path = tuple[str, ...]
 
 
+def is_function(argument: Any) -> bool:
+    """Whether an argument is a function and not a tree.
+
+    A tree with the structure of an Equinox module is callable as well, and counts as a tree.
+    """
+    return callable(argument) and jax.tree_util.all_leaves([argument])
+
+
+def tree_of(argument: Any, tree: Any) -> Any:
+    """An argument that is a tree, or a function of a tree that returns one."""
+    return argument(tree) if is_function(argument) else argument
+
+
 def broadcast_prefix(
     name: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]
 ) -> list[Any]:

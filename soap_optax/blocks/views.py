@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from soap_optax.blocks.prefixes import broadcast_prefix
+from soap_optax.blocks.prefixes import broadcast_prefix, tree_of
 
 Shape = tuple[int, ...]
 
@@ -129,8 +129,7 @@ def axes_of_leaves(dimension_numbers: Any | Callable[[Any], Any], tree: Any) -> 
       ValueError: if it is not a prefix of the tree, or an axis is out of range or named twice.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if callable(dimension_numbers):
-        dimension_numbers = dimension_numbers(tree)
+    dimension_numbers = tree_of(dimension_numbers, tree)
     if dimension_numbers is None:
         return [AxesMark.DEFAULT] * len(leaves)
     broadcast = broadcast_prefix("dimension_numbers", dimension_numbers, tree, _is_numbers)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from soap_optax.blocks import Plan, Shape, broadcast_prefix, split_complex
+from soap_optax.blocks import Plan, Shape, broadcast_prefix, split_complex, tree_of
 
 # For each axis of a leaf the mesh axes that shard it, without mesh axes of length 1.
 AxesSpec = tuple[tuple[str, ...], ...]
@@ -68,8 +68,7 @@ def leaf_shardings(
       TypeError, ValueError: if `param_shardings` is not a prefix of the tree, an entry is not a
         sharding of its leaf on this mesh, or a leaf has explicit axes of another mesh.
     """
-    if callable(param_shardings):
-        param_shardings = param_shardings(tree)
+    param_shardings = tree_of(param_shardings, tree)
     tree = split_complex(tree)
     hints = broadcast_prefix("param_shardings", param_shardings, tree, lambda leaf: leaf is None)
     checked, specs = [], []

@@ -46,15 +46,15 @@ def assignment_of(params: Any, labels: Any, dimension_numbers: Any) -> Assignmen
     if dimension_numbers is None:
         treedef = jax.tree.structure(params)
         dimension_numbers = jax.tree.unflatten(treedef, entries_of(params))
-    elif callable(dimension_numbers):
-        dimension_numbers = dimension_numbers(params)
+    else:
+        dimension_numbers = blocks.tree_of(dimension_numbers, params)
     labels = default_labels if labels is None else labels
     return Assignment(_checked(labels, params), dimension_numbers)
 
 
 def _checked(labels: Any, params: Any) -> Any:
     """A label for each parameter, or an error that names a wrong one."""
-    given = labels(params) if callable(labels) else labels
+    given = blocks.tree_of(labels, params)
     entries = blocks.broadcast_prefix("labels", given, params, lambda node: node is None)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for path, label in zip(paths, entries, strict=True):

@@ -22,7 +22,14 @@ from helpers.cases import mostly_long, named
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from soap_optax import default_labels, scale_by_soap, soap
+from soap_optax import (
+    default_dimension_numbers,
+    default_labels,
+    hyperball,
+    scale_by_soap,
+    soap,
+    soap_adamw,
+)
 
 Tree = Any
 
@@ -321,6 +328,50 @@ def test_an_equinox_model_trained_with_its_own_functions_equals_the_plain_dict()
         assert_equal_but_rounding(updates, arrays(wanted.updates))
         assert_equal_but_rounding(eqx.filter(model, eqx.is_array), arrays(wanted.params))
         assert model.activation is jnp.tanh
+
+
+# A tree with the structure of an Equinox module is callable, but no function.
+CALLABLE_TREES: dict[str, Callable[[Tree], optax.GradientTransformation]] = {
+    "soap_adamw": lambda _: soap_adamw(1e-2),
+    "labels": lambda tree: soap_adamw(1e-2, labels=default_labels(tree)),
+    "numbers of soap_adamw": lambda tree: soap_adamw(
+        1e-2, dimension_numbers=default_dimension_numbers(tree)
+    ),
+    "numbers of soap": lambda tree: soap(1e-2, dimension_numbers=default_dimension_numbers(tree)),
+    "function of numbers": lambda _: soap(1e-2, dimension_numbers=default_dimension_numbers),
+    "decay mask": lambda tree: soap(1e-2, mask=jax.tree.map(lambda leaf: leaf.ndim > 1, tree)),
+    "numbers of hyperball": lambda tree: hyperball(
+        1e-2, dimension_numbers=default_dimension_numbers(tree)
+    ),
+    "mask of hyperball": lambda tree: hyperball(
+        1e-2, mask=jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", named(CALLABLE_TREES))
+def test_trees_that_are_callable_are_trees(
+    make: Callable[[Tree], optax.GradientTransformation],
+) -> None:
+    mlp = eqx.nn.MLP(4, 3, 5, 2, key=jax.random.key(0))
+    params = eqx.filter(mlp, eqx.is_inexact_array)
+    optimizer = make(params)
+    updates, _ = jax.eval_shape(
+        lambda params: optimizer.update(params, optimizer.init(params), params), params
+    )
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+def test_param_shardings_may_be_a_callable_tree() -> None:
+    params = eqx.filter(eqx.nn.Linear(8, 8, key=jax.random.key(0)), eqx.is_inexact_array)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    over_devices = NamedSharding(mesh, PartitionSpec("x"))
+    optimizer = soap(
+        1e-2,
+        stack_sharding=over_devices,
+        param_shardings=jax.tree.map(lambda _: over_devices, params),
+    )
+    assert jax.eval_shape(optimizer.init, params)
 
 
 # Kernels of several axes, and stacks of layers and experts. These tests compare `scale_by_soap`.
