@@ -20,6 +20,8 @@ _STATIC_HINT = (
     "soap_optax.SHAMPOO_STATIC_ARGS, because it decides shapes or branches and cannot be traced"
 )
 
+_COMPLEX_HINT = "; for complex parameters pass inject_hyperparams hyperparam_dtype=jnp.float32"
+
 
 def check_decay(name: str, value: Any) -> None:
     """Raises unless `value` is in [0, 1)."""
@@ -294,5 +296,5 @@ def _number(value: Any, rule: str) -> Any:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{rule}, got {value!r}")
+        raise TypeError(f"{rule}, got {value!r}{_COMPLEX_HINT * isinstance(value, complex)}")
     return value

@@ -665,3 +665,12 @@ def test_missing_parameters_and_masks_that_do_not_fit_fail_as_in_optax(
     optimizers = (soap_optax.soap(0.1, mask=mask), optax.adamw(0.1, mask=mask))
     ours, theirs = [message(lambda tx=tx: tx.init(params)) for tx in optimizers]
     assert ours == theirs
+
+
+@pytest.mark.parametrize("make", [soap_optax.soap, soap_optax.shampoo, soap_optax.hyperball])
+def test_numbers_that_injection_made_complex_name_the_remedy(make: Any) -> None:
+    params = {"amplitudes": jnp.ones((3, 2), jnp.complex64), "kernel": jnp.ones((4, 3))}
+    with pytest.raises(TypeError, match=re.escape("hyperparam_dtype=jnp.float32")):
+        optax.inject_hyperparams(make)(learning_rate=0.01).init(params)
+    injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+    jax.eval_shape(injected(learning_rate=0.01).init, params)
