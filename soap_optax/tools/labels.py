@@ -38,7 +38,7 @@ def default_labels(params: Any) -> Any:
 
     - has one of the words *emb, embs, embed, embeds, embedded, embedder, embedding, embeddings,
       unembed, unembedder, unembedding, wte, wpe, vocab, vocabulary, logit, logits, classifier,
-      lmhead*; but ``pre_logits`` is a hidden layer;
+      lmhead*; but ``pre_logits`` is a hidden layer, and so is ``pre_classifier``;
     - is only the word *pos*, *position*, *positions*, *positional* or *tok*;
     - has the word *pos*, *position*, *positions* or *positional*, and ends in *bias, code, codes,
       enc, encoding, encodings* or *table*;

@@ -79,7 +79,7 @@ class Comparison(NamedTuple):
         return [ours - theirs for ours, theirs in zip(*self, strict=True)]
 
     def table(self) -> str:
-        """Means, with standard deviations over seeds and standard errors."""
+        """Means with standard deviations over seeds."""
         rows: Mapping[str, list[float]] = {
             "both rules": self.rules,
             "neither": self.neither,
@@ -89,9 +89,6 @@ class Comparison(NamedTuple):
             "run": lambda row: row[0],
             "mean final loss": lambda row: f"{statistics.mean(row[1]):.4f}",
             "standard deviation over seeds": lambda row: f"{statistics.stdev(row[1]):.4f}",
-            "standard error of the mean": lambda row: (
-                f"{statistics.stdev(row[1]) / len(row[1]) ** 0.5:.4f}"
-            ),
         }
         return results.markdown(columns, rows.items())
 

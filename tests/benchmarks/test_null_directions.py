@@ -29,8 +29,8 @@ def test_without_the_rules_rows_without_gradients_move() -> None:
 
 def test_the_table_has_the_differences_seed_by_seed() -> None:
     table = null_directions.Comparison([1.0, 2.0], [1.5, 2.25]).table()
-    assert "| both rules | 1.5000 | 0.7071 | 0.5000 |" in table
-    assert "| difference | -0.3750 | 0.1768 | 0.1250 |" in table
+    assert "| both rules | 1.5000 | 0.7071 |" in table
+    assert "| difference | -0.3750 | 0.1768 |" in table
 
 
 @pytest.mark.long

@@ -102,6 +102,7 @@ def test_embeddings_tables_and_output_heads_are_for_adamw(path: str) -> None:
         "table_mlp/kernel",
         "bias_mlp/kernel",
         "pre_logits/kernel",
+        "pre_classifier/kernel",
         "layers/0/weight",
         "kernel",
     ],
