@@ -46,10 +46,18 @@ from comparison.contenders import CONTENDERS
 from comparison.flags import Settings, parse_arguments
 from comparison.forecast import Clock, Forecast, left, losses_of
 from comparison.plans import plan_of
-from comparison.records import Circumstances, Record, append, circumstances, read_records
+from comparison.records import (
+    Circumstances,
+    Record,
+    append,
+    circumstances,
+    read_records,
+    write_times,
+)
 from comparison.running import Data, Hooks, Program, compile_program, train
 from comparison.specs import Spec
 from comparison.tables import tables_of
+from comparison.timing import ROUNDS, time_steps, timed_specs
 from flags import OneLineParser
 from recipe import HELD_OUT_FRACTION, Text, load_text
 from saving import Checkpoints
@@ -249,6 +257,20 @@ def train_all(runner: Runner) -> str:
     return ""
 
 
+def write_step_times(parser: argparse.ArgumentParser, runner: Runner) -> int:
+    """Times the best runs in turns, and returns the exit code."""
+    settings = runner.settings
+    specs = timed_specs(settings.studies, settings.preset, runner.records)
+    if not specs:
+        parser.error(f"argument --time-steps: no search is complete in {settings.folder}")
+    with tqdm(total=(ROUNDS + 2) * len(specs), desc="timing steps", disable=None) as bar:
+        times = time_steps(specs, runner.data, bar.update)
+    write_times(settings.folder, times, runner.where)
+    for spec, seconds in times.items():
+        print(f"{title(spec)}: {1000 * seconds:.2f} ms a step")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = OneLineParser(
@@ -268,6 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGINT, lambda *_: stop_or_raise(runner.stop))
     try:
         with only_process(parser, settings.folder):
+            if settings.time_steps:
+                return write_step_times(parser, runner)
             problem = train_all(runner)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -22,6 +22,7 @@ class Settings(argparse.Namespace):
     data: list[Path] | None
     out: Path
     dry_run: bool
+    time_steps: bool
     checkpoint_every: float
     hours: float | None
     preset: Preset
@@ -85,6 +86,12 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         "skipped (default: %(default)s)",
     )
     add("--dry-run", action="store_true", help="print the number of runs and hours, train nothing")
+    add(
+        "--time-steps",
+        action="store_true",
+        help="write step_times.csv with the times of the best runs' steps, measured in turns on an "
+        "idle machine; train nothing",
+    )
     add(
         "--checkpoint-every",
         type=positive_number,

@@ -1,7 +1,8 @@
 """The files of results: a row for every run, and the points of its curve.
 
 `runs.csv` has the settings, losses, times and versions of each complete run. `curves.csv` has at
-most `MOST_POINTS` points of each. A new file is written beside the old one and then replaces it,
+most `MOST_POINTS` points of each. `step_times.csv` has the times of steps that were measured in
+turns. A new file is written beside the old one and then replaces it,
 so that an interruption never leaves a part of a row.
 """
 
@@ -24,7 +25,7 @@ import soap_optax
 from comparison.running import Point, Result
 from comparison.specs import Spec, spec_of
 
-RUNS, CURVES = "runs.csv", "curves.csv"
+RUNS, CURVES, TIMES = "runs.csv", "curves.csv", "step_times.csv"
 MOST_POINTS = 100
 CURVE_COLUMNS = ("run", *Point._fields)
 
@@ -36,10 +37,12 @@ class Record:
     Attributes:
       spec: its settings.
       values: the other columns.
+      timed: seconds of a step that were measured in turns with other contenders, if they were.
     """
 
     spec: Spec
     values: Mapping[str, str]
+    timed: float | None = None
 
     @property
     def loss(self) -> float:
@@ -133,17 +136,38 @@ def read_records(folder: Path, text: str | None = None) -> dict[Spec, Record]:
     Raises:
       ValueError: a column is missing, or does not have a number.
     """
-    records = {}
+    records, times = {}, read_times(folder)
     for row in read(folder / RUNS):
         try:
             spec = spec_of(row)
-            record = Record(spec, row)
+            record = Record(spec, row, times.get((*spec.program, spec.frequency)))
             _ = record.loss, record.seconds, record.steps_taken, record.state_bytes, row["text"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / RUNS} is no file of runs: {error}") from error
         if text is None or row["text"] == text:
             records[spec] = record
     return records
+
+
+def read_times(folder: Path) -> dict[tuple, float]:
+    """The times of steps in a folder, by program and frequency."""
+    try:
+        rows = [(spec_of(row), float(row["step_seconds"])) for row in read(folder / TIMES)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / TIMES} is no file of times: {error}") from error
+    return {(*spec.program, spec.frequency): seconds for spec, seconds in rows}
+
+
+def write_times(folder: Path, times: Mapping[Spec, float], where: Circumstances) -> None:
+    """Replaces the times of steps."""
+    rows = [
+        spec.columns
+        | {"step_seconds": f"{seconds:.6f}"}
+        | where._asdict()
+        | {"date": datetime.date.today().isoformat()}
+        for spec, seconds in times.items()
+    ]
+    replace(folder / TIMES, list(rows[0]), rows)
 
 
 def read_curves(folder: Path) -> dict[str, list[Point]]:

@@ -124,10 +124,16 @@ def padding_of(stack: Any) -> int:
     return int(np.sum(np.asarray(stack.accepted_gradients + stack.rejected_gradients) == 0))
 
 
+# Options that "tiles_of_layers", "apply_kl" and "kl_all" combine with others.
+IN_OTHER_CASES = ["dimension_numbers", "apply", "stack_multiple"]
 # Ways to cut leaves into blocks, and with that to reshard them.
 CUTS = ["default", "tiles_of_layers", "merge_dims"]
 CASES = [
-    *(pytest.param(name, AUTO, True, id=f"{name}-specified") for name in OPTIONS),
+    *(
+        pytest.param(name, AUTO, True, id=f"{name}-specified")
+        for name in OPTIONS
+        if name not in IN_OTHER_CASES
+    ),
     *(
         pytest.param(name, AUTO, False, id=f"{name}-left_to_xla")
         for name in (*CUTS, "stack_multiple")

@@ -67,11 +67,12 @@ def scan(optimizer: Any, params: Any) -> Any:
 
 CASES = [
     pytest.param(train, name, id=f"{train.__name__}, {name}")
-    for train in (loop, scan)
-    for name in OPTIONS
+    for train, names in ((loop, ("defaults", "auto", "kl", "apply")), (scan, OPTIONS))
+    for name in names
 ]
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("train", "name"), mostly_long(CASES, ["loop, defaults"]))
 def test_each_device_trains_its_own_model_as_it_would_alone(
     train: Callable[[Any, Any], Any], name: str
@@ -89,5 +90,6 @@ def test_each_device_trains_its_own_model_as_it_would_alone(
     for number in range(2):
         wanted = alone(jax.tree.map(lambda leaf, n=number: leaf[n], models()))
         for key, leaf in wanted.items():
-            # Two compilations of one program differ by a few float32 roundings of updates of 1e-2.
-            np.testing.assert_allclose(mapped[key][number], leaf, atol=1e-5)
+            # Two compilations of one program differ by roundings, which bases enlarge: in float32
+            # by up to 7e-4 where the first update divides by small roots.
+            np.testing.assert_allclose(mapped[key][number], leaf, atol=1e-8)

@@ -377,6 +377,11 @@ def test_runs_are_written_skipped_and_continued(
     assert "1 runs are complete" in capsys.readouterr().out
     assert records.read_records(tmp_path / "whole" / "quick").keys() == whole.keys()
 
+    assert program.main([*arguments, str(tmp_path / "whole"), "--time-steps"]) == 0
+    assert "ms a step" in capsys.readouterr().out
+    timed = records.read_records(tmp_path / "whole" / "quick")
+    assert all(record.timed and record.timed > 0 for record in timed.values())
+
     # The first step passes the time limit.
     pieces = [*arguments, str(tmp_path / "pieces"), "--hours", "1e-9"]
     assert program.main(pieces) == 130
@@ -399,6 +404,7 @@ def test_runs_are_written_skipped_and_continued(
         (["--contender", "soap"], ["--contender", "adamw"]),
         (["--seeds", "0"], ["--seeds", "from 1", "'0'"]),
         (["--hours", "-1"], ["--hours", "positive", "'-1'"]),
+        (["--out", "{tmp}/none", "--time-steps"], ["--time-steps", "no search is complete"]),
         (["--checkpoint-every", "often"], ["--checkpoint-every", "positive", "'often'"]),
         (["--data", "{tmp}/absent"], ["--data", "cannot read", "absent"]),
         (["--preset", "paper-360m"], ["--data", ".npy", "32,128"]),
@@ -477,6 +483,16 @@ def test_the_claims_have_the_invented_crossing():
     assert ["SOAP's steps to AdamW's final loss", "at least 40% fewer", "67 ± 0% fewer"] in [
         list(row) for row in table.rows
     ]
+
+
+def test_times_that_were_measured_in_turns_replace_those_of_the_runs():
+    found = {
+        spec: dataclasses.replace(record, timed=0.15 if spec.contender == "soap" else 0.1)
+        for spec, record in synthetic_records(["steps-to-loss"], QUICK).items()
+    }
+    rows = {row[0]: row[-1] for row in claims.claims(QUICK, found).rows}
+    assert rows["a SOAP step, relative to AdamW's"] == "1.50 times"
+    assert rows["SOAP's time to AdamW's final loss"] == "50 ± 0% less"  # a third of the steps
 
 
 # Long ---------------------------------------------------------------------------------------------
