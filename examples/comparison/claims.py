@@ -110,6 +110,7 @@ CLAIMS: tuple[tuple[str, str, Here], ...] = (
     ("SOAP's time to AdamW's final loss", "at least 35% less", fewer_steps("adamw", in_time=True)),
     ("SOAP's steps to Shampoo's final loss", "about 20% fewer", fewer_steps("shampoo")),
     ("SOAP's time to Shampoo's final loss", "about 20% less", fewer_steps("shampoo", in_time=True)),
+    ("SOAP minus Shampoo", "below zero", variant("soap", "shampoo")),
     ("a SOAP step, relative to AdamW's", MISSING, time_of_step),
     ("SOAP at f = 100 minus AdamW", "below zero", at_frequency("soap", 100)),
     ("Shampoo at f = 100 minus AdamW", "below zero", at_frequency("shampoo", 100)),
@@ -117,4 +118,6 @@ CLAIMS: tuple[tuple[str, str, Here], ...] = (
     ("one-sided SOAP minus AdamW", "below zero", variant("soap-one-sided", "adamw")),
     ("factored SOAP minus AdamW", "below zero", variant("soap-factored", "adamw")),
     ("factored SOAP minus SOAP", "almost zero", variant("soap-factored", "soap")),
+    ("SOAP with KL factors minus SOAP", MISSING, variant("soap-kl", "soap")),
+    ("SOAP minus Muon", MISSING, variant("soap", "muon")),
 )

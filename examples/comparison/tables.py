@@ -142,7 +142,10 @@ def percent(values: Iterable[float], lost: int) -> str:
     """Fractions as percentages, with the number of seeds that have none."""
     text = spread((100 * value for value in values), ".0f")
     text = text if text == MISSING else f"{text}%"
-    return f"{text}; none in {lost}" if lost else text
+    if not lost:
+        return text
+    without = f"no crossing with {lost} seed{'s' if lost > 1 else ''}"
+    return without if text == MISSING else f"{text}; {without}"
 
 
 def steps_to_loss(preset: Preset, records: Records) -> Table:

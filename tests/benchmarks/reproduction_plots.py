@@ -98,7 +98,7 @@ def steps_to_loss(preset: Preset, records: Records, curves: Curves) -> Figure:
     top = np.nanquantile(first, 0.9) if first else None
     right.set(xlabel="step", ylabel="held-out loss, one seed", ylim=(None, top))
     left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    right.legend(fontsize=7, ncols=2)
     return figure
 
 
