@@ -2,7 +2,7 @@
 
 from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.hyperball import hyperball
-from soap_optax.partitioned import soap_adamw
+from soap_optax.partitioned import SOAP_ADAMW_STATIC_ARGS, soap_adamw
 from soap_optax.schedules import thinning_frequency
 from soap_optax.shampoo_alias import SHAMPOO_STATIC_ARGS, shampoo
 from soap_optax.shampoo_transform import scale_by_shampoo
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SHAMPOO_STATIC_ARGS",
+    "SOAP_ADAMW_STATIC_ARGS",
     "STATIC_ARGS",
     "AdamState",
     "Description",

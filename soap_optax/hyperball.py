@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from soap_optax import arguments, blocks, devices
 from soap_optax.blocks import AxesMark
+from soap_optax.linalg import norm_along, norm_of_scaled, scaled_along
 from soap_optax.state import HyperballState
 
 # A direction of smaller norm moves the weights by a smaller angle, as in the authors' code.
@@ -93,9 +93,9 @@ def hyperball(
 
     Raises:
       TypeError, ValueError: when built, if an argument is out of range; at ``init`` and ``update``,
-        if `dimension_numbers` or `mask` does not fit the parameters, or a leaf is not floating
-        point or complex; at ``update``, if the parameters are missing or the state belongs to
-        others.
+        if `dimension_numbers` or `mask` does not fit the parameters, or a leaf is not a floating
+        point or complex array; at ``update``, if the parameters are missing, or the state or the
+        directions belong to others.
 
     References:
       Wen et al., `Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball
@@ -125,7 +125,7 @@ def hyperball(
         old_state = _check_state(state, leaves, measured)
         norms = _norms_in_force(old_state, measured)
         rate = learning_rate(old_state.count) if callable(learning_rate) else learning_rate
-        directions, treedef = jax.tree.flatten(updates)
+        directions, treedef = _directions_of(updates, leaves)
         norm_of = dict(zip(_positions_of_matrices(leaves), norms, strict=True))
         new_updates = [
             _update(direction, leaf, rate, norm_of.get(position))
@@ -152,15 +152,35 @@ def _leaves_of(params: Any, dimension_numbers: Any, mask: Any) -> list[_Leaf]:
     masks = _mask_of_leaves(mask, params)
     with_path = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), use, is_in_mask in zip(with_path, uses, masks, strict=True):
+        blocks.check_leaf(path, leaf, may_be_complex=True)
         name, value = jax.tree_util.keystr(path), jnp.asarray(leaf)
-        if not jnp.issubdtype(value.dtype, jnp.inexact):
-            raise TypeError(
-                f"every leaf must be floating point or complex, got {value.dtype} at {name}; leave "
-                "it out with optax.masked, or give it an optimizer of its own with optax.partition"
-            )
         axes = _matrix_axes(use, value.ndim) if is_in_mask and value.size else None
         leaves.append(_Leaf(name, value, axes))
     return leaves
+
+
+def _directions_of(updates: Any, leaves: list[_Leaf]) -> tuple[list[Array], Any]:
+    """The directions and the structure of their tree, checked against the parameters."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    found = {jax.tree_util.keystr(path): jnp.shape(direction) for path, direction in with_path}
+    if len(with_path) != len(leaves):
+        missing = [leaf.path for leaf in leaves if leaf.path not in found]
+        others = [path for path in found if path not in {leaf.path for leaf in leaves}]
+        raise ValueError(
+            "updates must have an array for each parameter and no other, got none for "
+            f"{missing or 'no parameter'} and others at {others or 'no path'}; likely the gradient "
+            "of a parameter is None, so leave it out with optax.masked, or pass params of the same "
+            "tree"
+        )
+    for (path, direction), leaf in zip(with_path, leaves, strict=True):
+        blocks.check_leaf(path, direction, may_be_complex=True)
+        if jnp.shape(direction) != leaf.value.shape:
+            raise ValueError(
+                f"updates must have the shapes of the parameters, got {jnp.shape(direction)} at "
+                f"{jax.tree_util.keystr(path)} and must have {leaf.value.shape}; pass gradients of "
+                "the same parameters"
+            )
+    return [jnp.asarray(direction) for _, direction in with_path], treedef
 
 
 def _matrix_axes(use: blocks.Axes, ndim: int) -> tuple[int, ...] | None:
@@ -191,7 +211,7 @@ def _positions_of_matrices(leaves: list[_Leaf]) -> list[int]:
 def _norms_of(leaves: list[_Leaf]) -> tuple[Array, ...]:
     """The norms of the matrices of each leaf; the axes of a matrix have length 1."""
     return tuple(
-        _norm(leaf.value.astype(_wide(leaf.value)), leaf.axes)
+        norm_along(leaf.value.astype(_wide(leaf.value)), leaf.axes)
         for leaf in leaves
         if leaf.axes is not None
     )
@@ -230,9 +250,8 @@ def _norms_in_force(state: HyperballState, measured: tuple[Array, ...]) -> tuple
     )
 
 
-def _update(direction: ArrayLike, leaf: _Leaf, rate: Any, norm: Array | None) -> Array:
+def _update(given: Array, leaf: _Leaf, rate: Any, norm: Array | None) -> Array:
     """The update of one leaf, with the leaf's sharding and the direction's dtype."""
-    given = jnp.asarray(direction)
     dtype = np.promote_types(_wide(leaf.value), _wide(given))
     real_dtype = jnp.finfo(dtype).dtype
     rate = jnp.asarray(rate, real_dtype)
@@ -256,25 +275,23 @@ def _step(
       rate: the learning rate, a scalar.
       axes: the axes of a matrix.
     """
-    size = _norm(direction, axes)
+    # Squares of the scaled arrays neither overflow nor underflow.
+    unit, scale = scaled_along(direction, axes)
+    size = norm_of_scaled(unit, axes)
     # V = W - lr R U / |U|
-    factor = rate * norm / jnp.maximum(size, _SMALLEST_NORM)
-    moved = weights - factor.astype(weights.dtype) * direction
-    moved_size = _norm(moved, axes)
+    factor = rate * norm / jnp.maximum(size, _SMALLEST_NORM / scale)
+    moved = weights - factor.astype(weights.dtype) * unit
+    bound = norm * (1 + jnp.abs(rate))
+    bound = jnp.where(bound == 0, 1, bound)
+    moved = moved / bound.astype(weights.dtype)
+    moved_size = norm_of_scaled(moved, axes)
     # Near the origin, the direction of V is rounding error.
-    is_lost = moved_size <= 8 * jnp.finfo(weights.dtype).eps * norm
+    is_lost = moved_size * (1 + jnp.abs(rate)) <= 8 * jnp.finfo(weights.dtype).eps
     # W = R V / |V|
     factor = norm / jnp.where(is_lost, 1, moved_size)
     new_weights = factor.astype(weights.dtype) * moved
     is_unusable = is_lost | ~jnp.isfinite(size) | (size == 0)
     return jnp.where(is_unusable, jnp.zeros_like(weights), new_weights - weights)
-
-
-def _norm(array: Array, axes: tuple[int, ...]) -> Array:
-    """The Frobenius norm over these axes, which become 1 long; differentiable at zero."""
-    square = jnp.sum(jnp.real(array * jnp.conj(array)), axis=axes, keepdims=True)
-    is_zero = square == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def _wide(array: Array) -> np.dtype:

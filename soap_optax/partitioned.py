@@ -12,10 +12,16 @@ from jax.typing import ArrayLike, DTypeLike
 from soap_optax import arguments, blocks
 from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
-from soap_optax.alias import soap
+from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.schedules import Frequency, thinning_frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.tools import Description, assignment_of, default_labels, describe
+
+SOAP_ADAMW_STATIC_ARGS = (*STATIC_ARGS, "labels", "report")
+"""Arguments of `soap_adamw` that must not be traced, for `optax.inject_hyperparams`.
+
+Their defaults need no `static_args`.
+"""
 
 
 def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
@@ -108,7 +114,9 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         structure of the parameters or a prefix of it, or a function of the parameters that returns
         one. None means `default_labels`.
       report: a function that ``init`` calls with the `Description` of the parameters, such as
-        `print`. It also runs if ``init`` is only traced. None reports nothing.
+        `print`. It also runs if ``init`` is only traced. None reports nothing. Under
+        `optax.inject_hyperparams`, pass ``static_args=SOAP_ADAMW_STATIC_ARGS``. Otherwise Optax
+        calls it with the number of steps, as a schedule.
       eps: of both optimizers. AdamW adds it after the bias correction, as in Optax.
       weight_decay: of both optimizers.
       mask: the parameters that either of them decays, as for `soap`.

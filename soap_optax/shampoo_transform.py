@@ -73,7 +73,8 @@ def scale_by_shampoo(  # noqa: D417  # `scale_by_soap` documents the other argum
     counted. Its block gets a zero update, and its state does not change otherwise. A refresh is
     rejected, and counted, if a factor or its root is not finite, or a factor is not symmetric
     positive. The old roots then stay. A row or column without any gradient gets an update of
-    exactly zero.
+    exactly zero. A block whose gradients are zero at first is refreshed with its first nonzero one.
+    An update that is too large or too small for its dtype is zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax

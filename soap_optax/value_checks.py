@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _STATIC_HINT = (
     "; under optax.inject_hyperparams pass static_args=soap_optax.STATIC_ARGS, or for shampoo "
-    "soap_optax.SHAMPOO_STATIC_ARGS, because it decides shapes or branches and cannot be traced"
+    "soap_optax.SHAMPOO_STATIC_ARGS, or for soap_adamw soap_optax.SOAP_ADAMW_STATIC_ARGS, because "
+    "it decides shapes or branches and cannot be traced"
 )
-
 _COMPLEX_HINT = "; for complex parameters pass inject_hyperparams hyperparam_dtype=jnp.float32"
 
 
@@ -82,11 +82,12 @@ def check_weight_decay(name: str, value: Any) -> None:
 
 
 def check_mask(name: str, value: Any) -> None:
-    """Raises if a mask is a single value and not a boolean."""
-    if isinstance(value, (str, numbers.Number)) and not isinstance(value, bool):
+    """Raises if a mask is a single value, such as the one of a function of the step."""
+    if isinstance(value, (str, numbers.Number, np.bool_)):
         raise TypeError(
             f"{name} must be None, a tree of booleans that matches the parameters, or a function "
-            f"of the parameters that returns one, got {value!r}; None decays every parameter"
+            f"of the parameters that returns one, got {value!r}; None takes every parameter; under "
+            f"optax.inject_hyperparams add {name!r} to static_args: it calls functions as schedules"
         )
 
 
@@ -109,8 +110,7 @@ def check_frequency(name: str, value: Any) -> None:
         )
     if number != int(number):
         raise ValueError(
-            f"{name} must be a whole number of steps, got {value}; round it, or "
-            "pass a schedule for a changing one"
+            f"{name} must be a whole number of steps, got {value}; round it, or pass a schedule"
         )
 
 
@@ -145,8 +145,8 @@ def check_report(name: str, value: Any) -> None:
     """Raises unless `value` is None or a function."""
     if value is not None and not callable(value):
         raise TypeError(
-            f"{name} must be None or a function of a Description, got {value!r}; pass print for a "
-            "table of what each parameter gets"
+            f"{name} must be None or a function of a Description, got {value!r}; print is one"
+            + _STATIC_HINT
         )
 
 

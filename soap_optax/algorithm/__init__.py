@@ -21,7 +21,13 @@ from soap_optax.algorithm.kl_factors import (
     rotations_by_others,
 )
 from soap_optax.algorithm.refresh_methods import RefreshMethod
-from soap_optax.algorithm.roots import RootRule, RootState, inverse_root, refresh_roots
+from soap_optax.algorithm.roots import (
+    RootRule,
+    RootState,
+    any_of_zeros,
+    inverse_root,
+    refresh_roots,
+)
 from soap_optax.algorithm.second_moment import estimate as second_moment_estimate
 from soap_optax.algorithm.shampoo import (
     WITH_SECOND_MOMENT,
@@ -60,6 +66,7 @@ __all__ = [
     "Rotations",
     "ShampooHyperparameters",
     "adam_direction",
+    "any_of_zeros",
     "average_eigenvalues",
     "average_factor",
     "average_moments",

@@ -9,8 +9,9 @@ factors' eigenvalues, a step is
     l_L = b l_L + (1 - b) mean_j(P_ij^2 / l_R,j)
     l_R = b l_R + (1 - b) mean_i(P_ij^2 / l_L,i)
 
-with the old `l` on all right-hand sides. `1 / sqrt(l)` is at most `LARGEST_INVERSE_ROOT`. The first
-gradient enters with weight one and is not whitened: `L = G G^T / n`.
+with the old `l` on all right-hand sides. `1 / sqrt(l)` is at most `LARGEST_INVERSE_ROOT`, and less
+in blocks of more than five axes. The first gradient enters with weight one and is not whitened:
+`L = G G^T / n`.
 
 In a block of more dimensions, the gradient is whitened along all other preconditioned axes. With
 one preconditioned axis nothing is whitened.
@@ -38,6 +39,9 @@ FactorEstimator = Literal["gram", "kl"]
 # code of the paper.
 INITIAL_EIGENVALUE = 0.1
 LARGEST_INVERSE_ROOT = 4000.0
+# The product of more inverse roots of that size would overflow in float32 with ordinary gradients.
+# After many gradients of zero, a block of more axes would then reject every gradient.
+MOST_LARGEST_ROOTS = 4
 
 
 class Rotations(NamedTuple):
@@ -90,9 +94,17 @@ def rotations_by_others(
 
 
 def inverse_roots(eigenvalues: Sequence[Array]) -> tuple[Array, ...]:
-    """`1 / sqrt(l)` for each preconditioned axis, `(d,)`, at most `LARGEST_INVERSE_ROOT`."""
-    smallest = LARGEST_INVERSE_ROOT**-2
+    """`1 / sqrt(l)` for each preconditioned axis, `(d,)`, bounded by `largest_inverse_root`."""
+    smallest = largest_inverse_root(len(eigenvalues)) ** -2
     return tuple(1 / jnp.sqrt(jnp.maximum(each, smallest)) for each in eigenvalues)
+
+
+def largest_inverse_root(axes: int) -> float:
+    """The bound of `1 / sqrt(l)` in a block of this number of preconditioned axes.
+
+    A gradient is whitened along all axes but one. The product of these bounds is limited.
+    """
+    return LARGEST_INVERSE_ROOT ** min(1.0, MOST_LARGEST_ROOTS / max(axes - 1, 1))
 
 
 def kl_gram_matrices(

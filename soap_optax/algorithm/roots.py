@@ -65,6 +65,12 @@ class InverseRoot(NamedTuple):
     is_sound: Array
 
 
+def any_of_zeros(factors: Sequence[Array]) -> Array:
+    """Whether any factor of a block has only zeros, a boolean scalar."""
+    sums = [jnp.sum(jnp.abs(factor)) for factor in factors]
+    return jnp.any(jnp.stack(sums) == 0)
+
+
 def default_exponent(axes: Sequence[int]) -> float:
     """The exponent of each side of a block with these preconditioned axes."""
     return 1 / (2 * len(axes))
@@ -124,7 +130,8 @@ def inverse_root(
     """The inverse root of one factor, and whether factor and root are sound.
 
     The unit vector of a row of zeros is an exact eigenvector. So this row of the root is zero off
-    its diagonal, and a row without a gradient gets an update of exactly zero.
+    its diagonal, and a row without a gradient gets an update of exactly zero. Its eigenvalue is the
+    mean of the others. With zero, its first gradients would move it much further than other rows.
 
     Args:
       factor: a symmetric positive matrix, `(d, d)`.
@@ -138,6 +145,7 @@ def inverse_root(
     rows = zero_rows(factor)
     vectors = with_unit_vectors(descending_eigenvectors(factor, rows), rows)
     vectors = lax.stop_gradient(vectors)
+    factor = _with_mean_eigenvalues(factor, rows)
     values = lax.stop_gradient(rayleigh_quotients(matmul(factor, vectors), vectors))
     largest = jnp.max(jnp.abs(values))
     root = inverse_power(factor, vectors, values, eps, uncertainty * largest, exponent)
@@ -147,3 +155,10 @@ def inverse_root(
     # A factor with an entry that is not finite differs from its transpose by NaN.
     is_sound = is_finite(root) & is_symmetric & is_positive & is_orthonormal(vectors)
     return InverseRoot(root, is_sound)
+
+
+def _with_mean_eigenvalues(factor: Array, rows: Array) -> Array:
+    """A factor whose rows of zeros have the mean eigenvalue of the others on their diagonal."""
+    others = jnp.maximum(jnp.sum((~rows).astype(factor.dtype)), 1)
+    mean = jnp.trace(factor / others)  # The trace may overflow where the mean does not.
+    return jnp.where(jnp.diag(rows), mean, factor)

@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.lax import PrecisionLike
 
 from soap_optax.algorithm.kl_factors import LARGEST_INVERSE_ROOT
@@ -33,7 +33,7 @@ from soap_optax.algorithm.step import (
     rotate,
     rotate_back,
 )
-from soap_optax.linalg import frobenius_norm, multiply_along
+from soap_optax.linalg import frobenius_norm, largest_magnitude, multiply_along
 from soap_optax.state import ShampooStackState
 
 Grafting = Literal["adam", "rmsprop", "sgd"]
@@ -68,6 +68,7 @@ def step_block(
 
     Factors, roots and bases do not change. A rejected gradient changes nothing and returns a zero
     update. The first accepted gradient also returns a zero update: it only fills the factors.
+    Without grafting, so does every gradient before the first roots, whose size only roots give.
 
     Args:
       grad: the block's gradient, `(*block)`, in the dtype of the statistics.
@@ -80,19 +81,22 @@ def step_block(
       The update, `(*block)`, to be scaled by the (negative) learning rate, and the new state.
     """
     applied = accepted & (state.accepted_gradients > 0)
+    moved = applied if hyper.grafting is not None else applied & (state.refreshes > 0)
     grad = jnp.where(accepted, grad, jnp.zeros_like(grad))
     nu = state.nu if _has_second_moment(hyper) else jnp.zeros_like(grad)
     mu, nu = average_moments(state.mu, nu, grad, applied, hyper)  # M, V
-    direction = precondition(mu, state, axes, hyper)  # U
+    direction, sizes = precondition(mu, state, axes, hyper)  # U
     if hyper.grafting is None:
         scale = bias_correction(state.accepted_gradients, replace(hyper, b2=_zero(hyper)))
+        update = direction * scale
+        for size in sizes:
+            update = update * size
     else:
         assert isinstance(nu, Array)
         grafted = grafting_direction(grad, mu, nu, state.accepted_gradients, hyper)  # A
-        scale = _ratio(frobenius_norm(grafted), frobenius_norm(direction))
-    update = direction * scale
+        update = direction * _ratio(frobenius_norm(grafted), frobenius_norm(direction))
     is_finite = jnp.all(jnp.isfinite(update))
-    return jnp.where(applied & is_finite, update, 0), state._replace(
+    return jnp.where(moved & is_finite, update, 0), state._replace(
         accepted_gradients=state.accepted_gradients + accepted.astype(jnp.int32),
         mu=mu.astype(state.mu.dtype),
         nu=nu if _has_second_moment(hyper) else (),
@@ -102,18 +106,29 @@ def step_block(
 
 def precondition(
     x: Array, state: ShampooStackState, axes: Sequence[int], hyper: ShampooHyperparameters
-) -> Array:
-    """`P_L x P_R`, from the inverse roots in the state, or from its bases and eigenvalues."""
+) -> tuple[Array, list[Array]]:
+    """`P_L x P_R` up to its size, from the inverse roots or from the bases and eigenvalues.
+
+    Each root is divided by its size. So nothing overflows or underflows, whatever the size of the
+    gradients. Grafting needs no sizes.
+
+    Returns:
+      The direction, `(*block)`, and the size of each root, scalars. Their product is `P_L x P_R`.
+    """
     if state.roots:
-        return multiply_by_roots(x, state.roots, axes, hyper.precision)
+        scaled = [_scaled(root.astype(x.dtype)) for root in state.roots]
+        roots = [root for root, _ in scaled]
+        return multiply_by_roots(x, roots, axes, hyper.precision), [size for _, size in scaled]
     bases = [basis.astype(x.dtype) for basis in state.bases]
     x = rotate(x, bases, axes, hyper.precision)
     exponent = default_exponent(axes) if hyper.exponent is None else hyper.exponent
+    sizes = []
     for axis, estimates in zip(axes, state.eigenvalues, strict=True):
         bounded = jnp.maximum(estimates, LARGEST_INVERSE_ROOT**-2)
-        powers = (bounded + hyper.factor_eps) ** -exponent
+        powers, size = _scaled((bounded + hyper.factor_eps) ** -exponent)
+        sizes.append(size)
         x = x * powers.reshape([-1 if other == axis else 1 for other in range(x.ndim)])
-    return rotate_back(x, bases, axes, hyper.precision)
+    return rotate_back(x, bases, axes, hyper.precision), sizes
 
 
 def multiply_by_roots(
@@ -139,6 +154,13 @@ def grafting_direction(
 def _ratio(wanted: Array, found: Array) -> Array:
     """The factor from one norm to another, 0 for a direction of zeros."""
     return jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1), 0)
+
+
+def _scaled(array: Array) -> tuple[Array, Array]:
+    """An array divided by its largest magnitude, and that; the derivative is exact for both."""
+    size = lax.stop_gradient(largest_magnitude(array))
+    size = jnp.where(size > 0, size, 1)
+    return array / size, size
 
 
 def _has_second_moment(hyper: ShampooHyperparameters) -> bool:

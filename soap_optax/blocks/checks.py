@@ -63,10 +63,10 @@ def is_placeholder(params: Any) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def check_leaf(path: Any, leaf: Any) -> np.dtype:
+def check_leaf(path: Any, leaf: Any, may_be_complex: bool = False) -> np.dtype:
     """Returns the dtype of a leaf, or raises if it is not a floating-point array.
 
-    Complex leaves are split before, into two of these.
+    Complex leaves are split before, into two of these, unless `may_be_complex`.
     """
     where = jax.tree_util.keystr(path) or "the tree itself"
     dtype = _dtype_of(leaf)
@@ -76,7 +76,7 @@ def check_leaf(path: Any, leaf: Any) -> np.dtype:
             "in Equinox by eqx.filter(model, eqx.is_inexact_array), or leave the leaf out with "
             "optax.masked"
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.inexact if may_be_complex else jnp.floating):
         raise TypeError(
             f"every leaf must be a floating-point or complex array, got {dtype} at {where}; leave "
             "it out with optax.masked, or give it an optimizer of its own with optax.partition"

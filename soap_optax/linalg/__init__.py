@@ -15,6 +15,7 @@ from soap_optax.linalg.decoupling import (
     zero_rows,
 )
 from soap_optax.linalg.matrix_powers import inverse_power
+from soap_optax.linalg.norms import norm_along, norm_of_scaled, scaled_along
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
     frobenius_norm,
@@ -44,10 +45,13 @@ __all__ = [
     "matmul",
     "multiply_along",
     "nearest_orthonormal",
+    "norm_along",
+    "norm_of_scaled",
     "off_diagonal_mass",
     "orthonormalize",
     "orthonormalize_by_cholesky",
     "rayleigh_quotients",
+    "scaled_along",
     "unfolded",
     "with_unit_vectors",
     "zero_rows",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from soap_optax import algorithm
 from soap_optax.algorithm import (
@@ -114,13 +114,24 @@ class ShampooEquations:
         rule: RefreshRule | RootRule,
         first: FirstGradient | None,
     ) -> EigenbasisState | RootState:
-        """See `Equations`."""
+        """See `Equations`. A block with a factor of zeros stays as it is, and stays due.
+
+        Roots of zeros would be huge: `eps` to the power of `-p`. The block may be behind a matrix
+        of zeros, so that its first gradients are zero.
+        """
         del first
-        if isinstance(rule, RefreshRule):
-            assert isinstance(fields, EigenbasisState)
-            return algorithm.refresh(fields, factors, axes, rule)
-        assert isinstance(fields, RootState)
-        return algorithm.refresh_roots(fields, factors, axes, rule)
+
+        def refresh(
+            fields: EigenbasisState | RootState, factors: Sequence[Array]
+        ) -> EigenbasisState | RootState:
+            if isinstance(rule, RefreshRule):
+                assert isinstance(fields, EigenbasisState)
+                return algorithm.refresh(fields, factors, axes, rule)
+            assert isinstance(fields, RootState)
+            return algorithm.refresh_roots(fields, factors, axes, rule)
+
+        has_zeros = algorithm.any_of_zeros(factors)
+        return lax.cond(has_zeros, lambda fields, _factors: fields, refresh, fields, factors)
 
     def step(
         self,
@@ -134,7 +145,7 @@ class ShampooEquations:
         """See `Equations`."""
         beta = hyper.shampoo_beta
         rotated = factors.rotations(grad, state, axes, hyper.precision)
-        applied = accepted & (state.accepted_gradients > 0)
+        applied = accepted & (state.accepted_gradients > 0) & (state.refreshes > 0)
         eigenvalues = factors.average_eigenvalues(applied, state, rotated, axes, beta)
         updated = state._replace(eigenvalues=eigenvalues)
         update, new = algorithm.shampoo_step_block(grad, accepted, updated, axes, hyper)

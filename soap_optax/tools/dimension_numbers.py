@@ -39,11 +39,12 @@ def default_dimension_numbers(params: Any) -> Any:
       stage* or *scan* mean batch axes. Axes called *heads* and *kv* or *head_dim* belong together.
     - **Stacks.** `flax.linen.scan`, `flax.nnx.vmap` and `equinox.filter_vmap` add an axis of equal
       length to all parameters of a subtree. It counts as a batch axis if it is the first or the
-      second one, and if a bias or scale in the subtree has an axis too many.
+      second one, and if a bias or scale in the subtree has an axis too many. Such a scale may be
+      ``ln1`` or ``attn_norm`` of two axes, next to stacked matrices such as ``wq``.
     - **Names.** Layers called *query, key, value, q, k, v, qkv, kv* project to heads, with or
       without *proj, dense, linear* or *to*. Layers called *out, output* or *o* next to them, or
       below a part of the path that names attention, project back. Layers with *conv* in their name
-      convolve.
+      convolve. Parameters such as ``wq`` and ``wo`` have no layer of their own, and stand for it.
     - **Shapes.** A kernel of four or more axes with a square window of up to 16 convolves, unless
       its path names experts. So does a kernel of three or more axes whose bias has one.
 

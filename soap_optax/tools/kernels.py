@@ -5,6 +5,7 @@ kernels that they do not handle.
 """
 
 import re
+from collections.abc import Sequence
 
 from soap_optax.tools.paths import Parameter, words_of
 from soap_optax.tools.vectors import Siblings
@@ -16,6 +17,7 @@ _INPUTS = {"k", "key", "q", "query", "v", "value", "wk", "wq", "wv"}
 _FUSED = {"kv": 2, "qkv": 3}
 _OUTPUTS = {"o", "out", "output", "wo"}
 _BESIDE_THE_NAME = {"dense", "kernel", "linear", "proj", "projection", "to"}
+_NAMES_IN_A_LAYER = {"kernel", "w", "weight"}
 _ATTENTION = re.compile(r"attend|\w*attention|\w*attn|gqa|mha|mqa|multihead|sa")
 _CONVOLUTION = re.compile(r"conv|convs|convolution|convolutions|deconv")
 _EXPERTS = {"expert", "experts", "moe"}
@@ -76,14 +78,14 @@ def last_two(parameter: Parameter, axes: Axes) -> Matrix:
 def _role(parameter: Parameter) -> str:
     """The word that a projection is called by, such as *query*, or nothing."""
     found = words_of(parameter.name)
-    if parameter.name in ("kernel", "w", "weight"):
+    if parameter.name in _NAMES_IN_A_LAYER:
         found = [word for word in parameter.module if word not in _BESIDE_THE_NAME]
     return found[0] if len(found) == 1 else ""
 
 
 def _is_in_attention(parameter: Parameter, siblings: Siblings) -> bool:
     named = (word for part in parameter.parts for word in words_of(part))
-    has_inputs = any(_role(cousin) in _INPUTS for cousin in siblings.cousins(parameter))
+    has_inputs = any(_role(other) in _INPUTS for other in _projections(parameter, siblings))
     return has_inputs or any(_ATTENTION.fullmatch(word) for word in named)
 
 
@@ -97,14 +99,20 @@ def _is_stack(parameter: Parameter, siblings: Siblings) -> bool:
     bias = siblings.bias(parameter)
     if bias is not None:
         return bias != ((end,) if is_output else (middle, end))
-    for cousin in siblings.cousins(parameter):
-        if len(cousin.shape) != 3 or (_role(cousin) in _OUTPUTS) == is_output:
+    for other in _projections(parameter, siblings):
+        if len(other.shape) != 3 or (_role(other) in _OUTPUTS) == is_output:
             continue
-        if is_output and _role(cousin) in _INPUTS:
-            return cousin.shape[0] != end
+        if is_output and _role(other) in _INPUTS:
+            return other.shape[0] != end
         if not is_output:
-            return cousin.shape[-1] != first
+            return other.shape[-1] != first
     return False
+
+
+def _projections(parameter: Parameter, siblings: Siblings) -> Sequence[Parameter]:
+    """The projections next to one: in layers of their own, or in the same layer as ``wq``."""
+    has_layer = parameter.name in _NAMES_IN_A_LAYER
+    return siblings.cousins(parameter) if has_layer else siblings.neighbours(parameter)
 
 
 def _is_convolution(

@@ -403,6 +403,25 @@ def test_estimates_recover_after_a_long_time_without_gradients() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("axes", mostly_long([2, 5, 6, 8], [8]))
+@pytest.mark.parametrize("make", mostly_long(["soap", "shampoo"], ["soap"]))
+def test_blocks_of_many_axes_accept_gradients_after_a_long_time_without(
+    axes: int, make: str
+) -> None:
+    factory: Any = getattr(soap_optax, f"scale_by_{make}")
+    optimizer = factory(factor_estimator="kl", precondition_frequency=1000)
+    shape = (2,) * axes
+    stack = (state := optimizer.init(jnp.ones(shape))).stacks["x".join("2" * axes)]
+    dead = tuple(jnp.zeros_like(each) for each in stack.eigenvalues)
+    stacks = {"x".join("2" * axes): stack._replace(eigenvalues=dead)}
+    grads = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    state, update = state._replace(stacks=stacks), jax.jit(optimizer.update)
+    for grad in grads:
+        updates, state = update(grad, state)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+    assert next(iter(state.stacks.values())).rejected_gradients.tolist() == [0]
+
+
 def test_narrow_storage_follows_the_wide_one() -> None:
     grads = gradients((6, 4), steps=20)
     wide, _ = library_run(grads.astype(np.float32), precondition_frequency=4)

@@ -233,14 +233,29 @@ def test_a_matrix_of_zeros_gets_the_plain_update_in_all_steps() -> None:
     assert norm(params[1]) == pytest.approx(norm(start[1]), rel=1e-6)
 
 
+@pytest.mark.parametrize("of_direction", [1e30, 1e20, 1e-9, 1e-12, 1e-30])
+@pytest.mark.parametrize("of_weights", [1e25, 1.0, 1e-19, 1e-30])
+def test_no_square_overflows_or_underflows(of_direction: float, of_weights: float) -> None:
+    """Directions below 1e-10 move the weights by a smaller angle, as in the equation."""
+    weights, direction = draw((2, 4, 3)), draw((2, 4, 3), seed=1)
+    numbers = Matrix(1, 2)
+    big, step = np.float32(of_weights) * weights, np.float32(of_direction) * direction
+    new, state = moved(big, step, 0.5, dimension_numbers=numbers)
+    wide = big.astype(np.float64), step.astype(np.float64)
+    wanted = reference.step(*wide, 0.5, wide[0], (1, 2))
+    np.testing.assert_allclose(new / of_weights, wanted / of_weights, atol=2e-6)
+    sizes = np.linalg.norm(wide[0], axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(state.norms[0], sizes, rtol=1e-6)
+
+
 # Directions that leave weights unchanged.
 
 
-@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, 1e30], ids=str)
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf], ids=str)
 def test_a_direction_that_is_zero_or_not_finite_leaves_its_matrix_unchanged(bad: float) -> None:
     weights, direction = draw((3, 4, 3)), draw((3, 4, 3), seed=1)
     direction[1] = 0
-    direction[1, 2, 1] = bad  # The square of 1e30 overflows.
+    direction[1, 2, 1] = bad
     new, _ = moved(weights, direction, dimension_numbers=Matrix(1, 2))
     changed = [bool(np.any(new[i] != weights[i])) for i in range(3)]
     assert changed == [True, False, True]
@@ -361,6 +376,7 @@ def test_a_missing_params_argument_raises_as_in_optax() -> None:
         ({"learning_rate": np.nan}, ValueError, "must be finite, got nan; 0.02 is a good start"),
         ({"learning_rate": "0.1"}, TypeError, "learning_rate must be a number or a schedule"),
         ({"learning_rate": 0.1, "mask": "kernel"}, TypeError, "mask must be None, a tree"),
+        ({"learning_rate": 0.1, "mask": False}, TypeError, "add 'mask' to static_args"),
         ({"learning_rate": 0.1, "dimension_numbers": 2}, TypeError, "dimension_numbers must be"),
     ],
 )
@@ -388,6 +404,43 @@ def test_parameters_that_do_not_fit_raise_at_init(
     for runner in (init, functools.partial(jax.eval_shape, init)):
         with pytest.raises(error, match=re.escape(words)):
             runner(params)
+
+
+@pytest.mark.parametrize("leaf", ["word", abs], ids=str)
+def test_a_leaf_that_is_no_array_raises_at_init(leaf: Any) -> None:
+    words = re.escape(f"must be an array, got {leaf!r} at ['a']; filter the tree before init")
+    with pytest.raises(TypeError, match=words):
+        build().init({"a": leaf})
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "words"),
+    [
+        ({"a": np.ones((4, 3)), "b": None}, ValueError, "got none for [\"['b']\"]"),
+        ({"a": np.ones((4, 3))}, ValueError, "got none for [\"['b']\"]"),
+        ({"a": np.ones((4, 3)), "b": np.ones(3), "c": np.ones(2)}, ValueError, "[\"['c']\"]"),
+        ({"a": np.ones((4, 1)), "b": np.ones(3)}, ValueError, "(4, 1) at ['a'] and must have (4,"),
+        ({"a": np.ones((4, 3)), "b": np.ones(1)}, ValueError, "(1,) at ['b'] and must have (3,)"),
+        ({"a": np.ones((4, 3)), "b": np.ones(3, int)}, TypeError, "int64 at ['b']"),
+        ({"a": "word", "b": np.ones(3)}, TypeError, "must be an array, got 'word' at ['a']"),
+    ],
+)
+def test_directions_that_do_not_fit_raise_at_update(updates: Any, error: Any, words: str) -> None:
+    optimizer, params = build(), {"a": draw((4, 3)), "b": draw((3,))}
+    with pytest.raises(error, match=re.escape(words)):
+        optimizer.update(updates, optimizer.init(params), params)
+
+
+def test_a_mask_that_injection_called_with_the_step_raises() -> None:
+    """Optax takes functions for schedules; the mask of a number without axes is False."""
+
+    def mask(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+    for make in (soap_optax.hyperball, soap_optax.soap, soap_optax.shampoo, soap_optax.soap_adamw):
+        injected: Any = optax.inject_hyperparams(make)
+        with pytest.raises(TypeError, match="add 'mask' to static_args"):
+            injected(learning_rate=RATE, mask=mask).init({"a": draw((4, 3))})
 
 
 def test_a_state_of_other_parameters_raises() -> None:

@@ -419,7 +419,8 @@ def test_defaults_need_no_static_arguments_and_numbers_may_be_injected() -> None
 
 @pytest.mark.usefixtures("implicit_promotion")
 def test_static_arguments_are_those_of_soap_and_two_more() -> None:
-    static = (*soap_optax.STATIC_ARGS, "labels", "report")
+    static = soap_optax.SOAP_ADAMW_STATIC_ARGS
+    assert static == (*soap_optax.STATIC_ARGS, "labels", "report")
     reports: list[Description] = []
     optimizer = optax.inject_hyperparams(soap_adamw, static_args=static)(
         learning_rate=optax.constant_schedule(RATE),
@@ -436,7 +437,20 @@ def test_static_arguments_are_those_of_soap_and_two_more() -> None:
 
 def test_labels_that_inject_hyperparams_took_for_a_schedule_raise() -> None:
     optimizer = optax.inject_hyperparams(soap_adamw)(learning_rate=RATE, labels=default_labels)
-    with pytest.raises(TypeError, match=r"labels must be None.*static_args=soap_optax"):
+    with pytest.raises(TypeError, match=r"labels must be None.*soap_optax.SOAP_ADAMW_STATIC_ARGS"):
+        optimizer.init(PARAMS)
+
+
+def test_an_injected_report_gets_a_description_and_never_a_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    static = soap_optax.SOAP_ADAMW_STATIC_ARGS
+    factory = optax.inject_hyperparams(soap_adamw, static_args=static)
+    jax.eval_shape(factory(learning_rate=RATE, report=print).init, PARAMS)
+    assert capsys.readouterr().out.startswith("parameter")
+    # A function that returns a number, called as a schedule, is an error.
+    optimizer = optax.inject_hyperparams(soap_adamw)(learning_rate=RATE, report=lambda count: count)
+    with pytest.raises(TypeError, match=r"report must be None.*soap_optax.SOAP_ADAMW_STATIC_ARGS"):
         optimizer.init(PARAMS)
 
 

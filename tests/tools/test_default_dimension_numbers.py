@@ -336,6 +336,75 @@ def test_heads_of_attention_are_no_stack() -> None:
     assert by_path({"attention": attention}) == {"attention/query/kernel": (0, (1, 2))}
 
 
+BARE: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("wq", "wk", "wv"), (3, D, 16)),
+    "wo": (3, 16, D),
+    "w1": (3, D, 32),
+    "w2": (3, 32, D),
+    "b1": (3, 32),
+    "b2": (3, D),
+}
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        ("ln1", "ln2"),
+        ("ln_1", "ln_2"),
+        ("norm1", "norm2"),
+        ("attn_norm", "mlp_norm"),
+        ("rms1", "rms2"),
+        ("rmsnorm_attn", "rmsnorm_mlp"),
+        ("LN1", "layerNorm2"),
+        ("gamma1", "beta1"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "blocks"])
+def test_stacked_parameters_without_layers_of_their_own(
+    norms: tuple[str, ...], prefix: str
+) -> None:
+    tree: Any = {name: shape(*BARE[name]) for name in BARE} | {n: shape(3, D) for n in norms}
+    tree = {prefix: tree, "embed": shape(50, D), "ln_f": shape(D)} if prefix else tree
+    found = {path.removeprefix("blocks/"): axes for path, axes in by_path(tree).items()}
+    wanted = {name: (1, 2) for name in BARE if name.startswith("w")}
+    assert found == (wanted | {"embed": (0, 1)} if prefix else wanted)
+    assert {"adamw"} == {
+        label
+        for path, label in jax.tree_util.tree_leaves_with_path(default_labels(tree))
+        if not str(path[-1].key).startswith("w")
+    }
+
+
+def test_stacked_projections_show_each_other_without_a_norm() -> None:
+    stack = {name: shape(*BARE[name]) for name in ("wq", "wk", "wv", "wo", "w1", "w2")}
+    assert set(by_path(stack).values()) == {(1, 2)}
+    # In one dictionary with all other parameters, not all have the axis of the layers.
+    flat = {**stack, "embed": shape(50, D), "ln1": shape(3, D), "ln_f": shape(D)}
+    assert by_path(flat) == {**dict.fromkeys(stack, (1, 2)), "embed": MATRIX}
+
+
+def test_bare_kernels_of_attention_and_of_convolutions_are_no_stacks() -> None:
+    heads = {"wq": shape(D, 2, 4), "wk": shape(D, 1, 4), "wv": shape(D, 1, 4), "wo": shape(2, 4, D)}
+    norms = {"ln1": shape(D), "q_norm": shape(2, 4), "w1": shape(D, 32), "b1": shape(32)}
+    assert by_path({**heads, **norms}) == {
+        **dict.fromkeys(("wq", "wk", "wv"), (0, (1, 2))),
+        "wo": ((0, 1), 2),
+        "w1": MATRIX,
+    }
+    layers = {name: shape(3, *leaf.shape) for name, leaf in {**heads, **norms}.items()}
+    del layers["q_norm"]
+    assert by_path(layers) == {
+        **dict.fromkeys(("wq", "wk", "wv"), (1, (2, 3))),
+        "wo": ((1, 2), 3),
+        "w1": (1, 2),
+    }
+    window = {"conv1": shape(3, 3, 4, 8), "conv2": shape(3, 3, 8, 8), "norm1": shape(8)}
+    assert set(by_path(window).values()) == {WINDOW}
+    # A matrix may have the name of a normalization, and a letter may stand for anything.
+    assert by_path({"norm": shape(8, 8), "kernel": shape(8, 8)})["norm"] == MATRIX
+    assert by_path({"b1": shape(4, 8), "w1": shape(8, 8)})["b1"] == MATRIX
+
+
 def test_maxtexts_tree_has_the_numbers_that_maxtext_gives() -> None:
     tree = {
         "decoder": {
