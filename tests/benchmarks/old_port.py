@@ -95,8 +95,9 @@ def scale_by_old_port(
 
 def bias_correction(count: Array, b1: ArrayLike, b2: ArrayLike) -> Array:
     """Adam's factor for both moments; the first update is zero in any case."""
-    number = jnp.maximum(count, 1)
-    return jnp.sqrt(1 - jnp.asarray(b2) ** number) / (1 - jnp.asarray(b1) ** number)
+    b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
+    number = jnp.maximum(count, 1).astype(b1.dtype)
+    return jnp.sqrt(1 - b2**number) / (1 - b1**number)
 
 
 def choose_nu(due: Array, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:

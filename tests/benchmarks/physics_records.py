@@ -16,6 +16,7 @@ import optax
 from comparison import records
 from comparison.records import CURVES, RUNS
 from old_port import scale_by_old_port
+from physics.equations import EQUATIONS
 from physics.network import Size
 from physics.optimizers import OPTIMIZERS, Numbers, Optimizer
 from physics.records import row_of
@@ -67,7 +68,7 @@ def soap(refresh: str, frequency: int) -> Contender:
     return Contender(f"SOAP, f={frequency}, {refresh}", "soap", refresh, frequency)
 
 
-# The learning rates of later ones are not needed for the first conclusions.
+# In the order of the study.
 CONTENDERS = {
     "soap-2-qr": soap("qr", 2),
     "adam": Contender("Adam", "adam"),
@@ -114,8 +115,6 @@ class Record(NamedTuple):
 
 def spec_of(equation: str, contender: str, dtype: str, sizes: Sizes) -> Spec:
     """A contender's run with seed 0 and the default learning rate of its optimizer."""
-    from physics.equations import EQUATIONS
-
     problem, chosen = EQUATIONS[equation], CONTENDERS[contender]
     optimizer = OPTIMIZERS[chosen.optimizer]
     setup = Setup(

