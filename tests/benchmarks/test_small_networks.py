@@ -29,10 +29,10 @@ def test_the_leafwise_port_agrees_with_the_textbook() -> None:
 
 
 @pytest.mark.usefixtures("implicit_promotion")
-def test_the_table_has_a_row_for_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_row_for_every_case(capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--networks", "1x8", "--points", "16", "--rounds", "2", "--steps", "2"]
     assert small_networks.main([*flags, "--contenders", "adam", "soap", "--frequencies", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     assert [row[:2] for row in rows[2:]] == [["Adam", "-"], ["SOAP", "1"]]
     assert rows[2][-1] == "1.00"
