@@ -62,7 +62,8 @@ def scale_by_leafwise_soap(
         mu = [b1 * m + (1 - b1) * g for m, g in zip(state.mu, grads, strict=True)]
         nu = [b2 * v + (1 - b2) * g**2 for v, g in zip(state.nu, rotated, strict=True)]
         rotated_mu = [rotate(jnp.asarray(m), q) for m, q in zip(mu, state.bases, strict=True)]
-        correction = jnp.sqrt(1 - b2**state.calls) / (1 - b1**state.calls)
+        count = state.calls.astype(grads[0].dtype)
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
         updates = [
             rotate_back(jnp.asarray(correction * m / (jnp.sqrt(v) + eps)), q)
             for m, v, q in zip(rotated_mu, nu, state.bases, strict=True)

@@ -9,6 +9,7 @@ from leafwise import scale_by_leafwise_soap
 from textbook import scale_by_textbook_soap
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 def test_the_leafwise_port_agrees_with_the_textbook() -> None:
     params = {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(3)}
     ports = [
