@@ -333,6 +333,37 @@ def test_state_holds_plain_arrays_and_nothing_else(params: Any) -> None:
 # Imports.
 
 
+def printed_by(program: str) -> list[str]:
+    """The words that a program prints in a process of its own."""
+    repository = str(pathlib.Path(__file__).parents[2])
+    inherited = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(filter(None, [repository, inherited]))
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split()
+
+
+def test_the_import_changes_no_setting_and_warns_of_nothing() -> None:
+    program = """
+import warnings
+import jax, optax
+before = dict(jax.config.values)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import soap_optax
+changed = [name for name, value in jax.config.values.items() if before[name] != value]
+print("changed", *changed)
+"""
+    assert printed_by(program) == ["changed"]
+
+
 def test_nothing_but_jax_optax_and_numpy_is_imported_at_run_time() -> None:
     # Imports of those three packages do not count. Every later import counts, during updates too.
     program = """
@@ -347,19 +378,7 @@ state = jax.eval_shape(optimizer.init, tree)
 jax.eval_shape(optimizer.update, tree, state, tree)
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
-    repository = str(pathlib.Path(__file__).parents[2])
-    inherited = os.environ.get("PYTHONPATH", "")
-    path = os.pathsep.join(filter(None, [repository, inherited]))
-    process = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    imported = process.stdout.split()
+    imported = printed_by(program)
     allowed = {"soap_optax", "jax", "jaxlib", "numpy", "optax", *sys.stdlib_module_names}
     assert "soap_optax" in imported
     assert set(imported) <= allowed
