@@ -27,7 +27,15 @@ from matplotlib.figure import Figure
 from physics.equations import EQUATIONS
 from physics.specs import Spec
 from physics.training import Point
-from physics_records import CONTENDERS, Record, name_of, read_curves, read_records, spec_of
+from physics_records import (
+    CONTENDERS,
+    Record,
+    median_run,
+    name_of,
+    read_curves,
+    read_records,
+    spec_of,
+)
 from physics_study import DATA, DTYPES, Study, errors_of, new_plan, searched
 from reproduction import BLOCK
 
@@ -137,8 +145,7 @@ def picture(names: Sequence[str], outcomes: Outcomes, curves: Curves, x: str) ->
             outcome = outcomes.get((name, dtype))
             if outcome is None:
                 continue
-            ordered = sorted(outcome.records, key=lambda record: record.error)
-            curve = curves.get(name_of(ordered[len(ordered) // 2].spec), ())
+            curve = curves.get(name_of(median_run(outcome.records).spec), ())
             axes.plot(
                 [getattr(point, x) for point in curve],
                 [point.relative_l2 for point in curve],

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,8 +178,17 @@ def read_curves(folder: Path) -> dict[str, list[Point]]:
     return curves
 
 
+def median_run(runs: Iterable[Record]) -> Record:
+    """The run with the median error, which pictures show."""
+    ordered = sorted(runs, key=lambda record: record.error)
+    return ordered[len(ordered) // 2]
+
+
 def append(folder: Path, spec: Spec, result: Result) -> Record:
-    """Adds a complete run to both files. The row comes last, because it makes the run complete."""
+    """Adds a complete run to both files, or replaces it.
+
+    The row comes last, because it makes the run complete.
+    """
     name = name_of(spec)
     last = len(result.points) - 1
     chosen = sorted({round(last * n / (CURVE_POINTS - 1)) for n in range(CURVE_POINTS)})
@@ -193,5 +202,6 @@ def append(folder: Path, spec: Spec, result: Result) -> Record:
     records.replace(folder / CURVES, CURVE_COLUMNS, [*others, *points])
     row = {"run": name, **row_of(spec, result)}
     row["cores"] = records.circumstances("").cores
-    records.replace(folder / RUNS, list(row), [*records.read(folder / RUNS), row])
+    others = [other for other in records.read(folder / RUNS) if other["run"] != name]
+    records.replace(folder / RUNS, list(row), [*others, row])
     return Record(spec, {key: str(value) for key, value in row.items()})

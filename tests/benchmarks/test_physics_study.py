@@ -50,6 +50,18 @@ def test_the_search_ends_with_a_worse_rate_on_both_sides(tmp_path: Path, best: f
         assert base.but(learning_rate=lowest, seed=1) in records
 
 
+def test_a_repeated_run_replaces_its_row_and_its_curve(tmp_path: Path) -> None:
+    physics_study.run(SMALL, tmp_path, invented(3e-3))
+    before = physics_records.read_records(tmp_path)
+    points = physics_records.read_curves(tmp_path)
+    again: list[Any] = []
+    physics_study.repeat(SMALL, tmp_path, invented(3e-3, again))
+    assert len(again) == 2  # a contender each
+    assert all(spec.seed == 1 for spec in again)  # Its error is the higher one of two.
+    assert physics_records.read_records(tmp_path).keys() == before.keys()
+    assert physics_records.read_curves(tmp_path) == points
+
+
 def test_complete_runs_are_skipped(tmp_path: Path) -> None:
     first, second, third = [], [], []
     physics_study.run(SMALL._replace(contenders=("adam",)), tmp_path, invented(3e-3, first))
