@@ -17,6 +17,7 @@ from comparison.tables import (
     losses,
     percent,
     step_seconds,
+    steps_to_loss,
 )
 
 COLUMNS = ("claim", "paper", "here")
@@ -26,6 +27,24 @@ def claims(preset: Preset, records: Records) -> Table:
     """The claims for which there are runs."""
     found = [[claim, paper, here(preset, records)] for claim, paper, here in CLAIMS]
     return Table("steps-to-loss", COLUMNS, [row for row in found if row[-1] != MISSING])
+
+
+SUMMARY = ("AdamW", "SOAP", "Shampoo", "Muon")
+SUMMARY_COLUMNS = (
+    "optimizer",
+    "learning rate",
+    "held-out loss",
+    "steps to AdamW's",
+    "time to AdamW's",
+)
+
+
+def summary(preset: Preset, records: Records) -> Table:
+    """A few rows and columns of the table of `steps-to-loss`."""
+    table = steps_to_loss(preset, records)
+    places = [table.columns.index(column) for column in SUMMARY_COLUMNS]
+    rows = [[row[place] for place in places] for row in table.rows if row[0] in SUMMARY]
+    return Table("steps-to-loss", SUMMARY_COLUMNS, rows)
 
 
 def tuned_run(preset: Preset, records: Records, name: str) -> Spec | None:

@@ -178,6 +178,7 @@ class Question(NamedTuple):
 
 QUESTIONS = {
     "optimizers": Question(MAIN, "adam", "Errors of six optimizers against steps"),
+    "four": Question(MAIN[:4], "adam", "Errors of four optimizers against steps"),
     "time": Question(MAIN, "adam", "Errors of six optimizers against training time", "seconds"),
     "defects": Question(OLD, "soap-2-qr", "Errors of SOAP with and without the defects"),
     "refreshes": Question(REFRESHES, "soap-2-qr", "Errors of SOAP at several frequencies"),

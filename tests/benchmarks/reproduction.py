@@ -4,7 +4,7 @@
     python tests/benchmarks/reproduction.py --check    write nothing; exit with 1 if it is stale
 
 The page has a block for each study of each preset, between `<!-- begin PRESET STUDY -->` and
-`<!-- end -->`. The folder docs/data/PRESET has the CSVs that examples/compare_optimizers.py writes
+`<!-- end -->`. README.md has one with a summary. The folder docs/data/PRESET has the CSVs that examples/compare_optimizers.py writes
 with `--out docs/data`. A study without a complete run gets a sentence that says so.
 """
 
@@ -21,7 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
-from comparison.claims import claims
+from comparison.claims import claims, summary
 from comparison.plans import STUDIES, plan_of
 from comparison.presets import PRESETS, Preset
 from comparison.records import Record, read_curves, read_records
@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "explanation" / "reproduction.md"
 DATA = ROOT / "docs" / "data"
 IMAGES = ROOT / "docs" / "images"
-CLAIMS = "claims"
+README = ROOT / "README.md"
+WITHOUT_PICTURE = {"claims": claims, "summary": summary}
 BLOCK = re.compile(r"(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_RUN = "This study has not been run with this preset yet."
 
@@ -66,8 +67,8 @@ def block_of(preset_name: str, study: str, data: Path) -> str:
     """The text of one block."""
     preset = PRESETS[preset_name]
     records = read_records(data / preset_name)
-    if study == CLAIMS:
-        table = claims(preset, records)
+    if study in WITHOUT_PICTURE:
+        table = WITHOUT_PICTURE[study](preset, records)
         return table.markdown if table.rows else NOT_RUN
     own = of_study(study, preset, records)
     table = TABLES[study](preset, records)
@@ -86,7 +87,7 @@ def page_of(text: str, data: Path) -> str:
 
     def made(match: re.Match[str]) -> str:
         begin, preset_name, study, end = match.groups()
-        if preset_name not in PRESETS or study not in (CLAIMS, *STUDIES):
+        if preset_name not in PRESETS or study not in (*WITHOUT_PICTURE, *STUDIES):
             raise ValueError(f"the page has a block for {preset_name} {study}")
         return f"{begin}\n{block_of(preset_name, study, data)}\n\n{end}"
 
@@ -97,7 +98,7 @@ def draw(text: str, data: Path, images: Path) -> list[Path]:
     """Draws the picture of every block that has runs."""
     drawn = []
     for _, preset_name, study, _ in BLOCK.findall(text):
-        if study == CLAIMS or block_of(preset_name, study, data) == NOT_RUN:
+        if study in WITHOUT_PICTURE or block_of(preset_name, study, data) == NOT_RUN:
             continue
         records = read_records(data / preset_name)
         figure = PICTURES[study].draw(
@@ -115,19 +116,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, compare the tables")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the presets' CSVs")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page to update")
+    help_of_page = "the page to update (default: the page of the reproduction, and README.md)"
+    parser.add_argument("--page", type=Path, help=help_of_page)
     parser.add_argument("--images", type=Path, default=IMAGES, help="the folder for pictures")
     settings = parser.parse_args(arguments)
-    old = settings.page.read_text(encoding="utf-8")
-    new = page_of(old, settings.data)
-    if settings.check:
-        if new != old:
-            print(f"{settings.page} is stale; run python tests/benchmarks/reproduction.py")
-        return int(new != old)
-    settings.page.write_text(new, encoding="utf-8")
-    for path in draw(new, settings.data, settings.images):
-        print(path)
-    return 0
+    stale = 0
+    for page in [settings.page] if settings.page else [PAGE, README]:
+        old = page.read_text(encoding="utf-8")
+        new = page_of(old, settings.data)
+        if not settings.check:
+            page.write_text(new, encoding="utf-8")
+            for path in draw(new, settings.data, settings.images):
+                print(path)
+        elif new != old:
+            print(f"{page} is stale; run python tests/benchmarks/reproduction.py")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
