@@ -4,8 +4,9 @@
     python tests/benchmarks/reproduction.py --check    write nothing; exit with 1 if it is stale
 
 The page has a block for each study of each preset, between `<!-- begin PRESET STUDY -->` and
-`<!-- end -->`. README.md has one with a summary. The folder docs/data/PRESET has the CSVs that examples/compare_optimizers.py writes
-with `--out docs/data`. A study without a complete run gets a sentence that says so.
+`<!-- end -->`. README.md has one with a summary. The folder docs/data/PRESET has the CSVs that
+examples/compare_optimizers.py writes with `--out docs/data`. A study without a complete run gets a
+sentence that says so.
 """
 
 from __future__ import annotations
