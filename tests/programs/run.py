@@ -123,7 +123,7 @@ def write_rows(table: str, rows: dict[str, str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Trains in other people's programs.")
     parser.add_argument("names", nargs="*", help="programs; all if none is named")
     parser.add_argument("--environments", type=pathlib.Path, default=ROOT / "build" / "programs")
     parser.add_argument("--list", action="store_true", help="print the programs that have a script")

@@ -32,6 +32,6 @@ def train(optimizer: optax.GradientTransformation) -> jax.Array:
     return loss
 
 
-rate = optax.cosine_decay_schedule(3e-3, STEPS)
+rate = optax.cosine_decay_schedule(1e-2, STEPS)
 losses = {"adam": train(optax.adam(rate)), "soap": train(soap(rate, weight_decay=0.0))}
 print_result("brax", losses)

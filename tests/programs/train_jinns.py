@@ -10,7 +10,7 @@ from program_result import print_result
 
 from soap_optax import soap
 
-STEPS = 400
+STEPS = 1000
 linear, tanh = eqx.nn.Linear, (jax.nn.tanh,)
 network = ((linear, 2, 20), tanh, (linear, 20, 20), tanh, (linear, 20, 1))
 

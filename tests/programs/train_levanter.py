@@ -31,10 +31,9 @@ used = (NamedArray, Linear, NamedSharding, PartitionSpec, MuonDimensionNumbers, 
 namespace = {item.__name__: item for item in (*used, dataclasses, jax, optax, soap_optax)}
 run_functions(PAGE, ("is_linear", "numbers", "labels", "with_names"), namespace)
 exec(added_file(PAGE, "lib/levanter/src/levanter/optim/soap_optax.py"), namespace)
-model = Gpt2Config(max_seq_len=32, hidden_dim=32, num_layers=2, num_heads=2)
-model = dataclasses.replace(model, gradient_checkpointing=False)
-Vocab, mapping = hax.Axis("vocab", 64), {"embed": "data"}
-mapping["soap_block"] = ["replica_dcn", "replica", "data", "model"]
+model = Gpt2Config(32, hidden_dim=32, num_layers=2, num_heads=2, gradient_checkpointing=False)
+Vocab = hax.Axis("vocab", 64)
+mapping = {"embed": "data", "soap_block": ["replica_dcn", "replica", "data", "model"]}
 tokens = np.cumsum(np.random.default_rng(0).integers(0, 4, (512, 32)), axis=1) % 64
 data = [LmExample.causal(hax.named(row, model.max_Pos)) for row in tokens.astype(np.int32)]
 
@@ -45,11 +44,9 @@ def cross_entropy(model, example, key=None):
 
 def train(make, steps=STEPS, folder=None):
     """The last loss and state, of a run or of one that continues the checkpoint in `folder`."""
-    config = TrainerConfig(
-        **{"id": "run", "tracker": NoopConfig(), "require_accelerator": False},
-        **{"train_batch_size": 16, "num_train_steps": steps},
-        checkpointer=CheckpointerConfig(base_path=folder or tempfile.mkdtemp()),
-    )
+    checkpointer = CheckpointerConfig(base_path=folder or tempfile.mkdtemp())
+    config = TrainerConfig(id="run", require_accelerator=False, checkpointer=checkpointer)
+    config.tracker, config.train_batch_size, config.num_train_steps = NoopConfig(), 16, steps
     config.mesh = dataclasses.replace(config.mesh, param_mapping=mapping)
     config._validate_and_set_defaults()
     with Trainer(config, make(config), cross_entropy) as own:
@@ -60,15 +57,12 @@ def train(make, steps=STEPS, folder=None):
 
 
 def soap(config):
-    own = namespace["SoapOptaxConfig"](learning_rate=1e-2, lr_schedule="constant")
-    return own.build(STEPS, config.device_mesh)
+    return namespace["SoapOptaxConfig"](**rate).build(STEPS, config.device_mesh)
 
 
-common = {"learning_rate": 1e-2, "lr_schedule": "constant"}
-losses = {
-    "adam": train(lambda _: AdamConfig(**common).build(STEPS))[0],
-    "Levanter's soap": train(lambda _: SoapConfig(**common).build(STEPS))[0],
-}
+rate = {"learning_rate": 1e-2, "lr_schedule": "constant"}
+losses = {"adam": train(lambda _: AdamConfig(**rate).build(STEPS))[0]}
+losses["Levanter's soap"] = train(lambda _: SoapConfig(**rate).build(STEPS))[0]
 losses["soap"], state = train(soap)
 stacks = optax.tree.get(state.opt_state, "stacks")
 for leaf in jax.tree.leaves(eqx.filter(stacks, eqx.is_array)):
