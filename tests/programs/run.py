@@ -95,10 +95,11 @@ def rows_of(name: str, result: dict[str, Any]) -> dict[str, str]:
     """The program's row of each table."""
     program, date = PROGRAMS[name], datetime.date.today().isoformat()
     if "losses" not in result:
-        why = result.get("error") or program["unserved"]
+        error = result.get("error")
+        why = f"does not run: {error}" if error else program["unserved"]
         return {
             "matrix": f"| {name} | - | - | {program['python']} | - | - | - | {date} |",
-            "notes": f"| {name} | does not run: {why} | - | - |",
+            "notes": f"| {name} | {why} | - | - |",
         }
     losses, versions = result["losses"], result["versions"]
     usual, soap = (f"{result[kind]}: {losses[result[kind]]:.4g}" for kind in ("usual", "soap"))

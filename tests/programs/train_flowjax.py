@@ -35,7 +35,7 @@ def train(optimizer: optax.GradientTransformation) -> float:
     return min(losses["val"])
 
 
-rate = optax.cosine_decay_schedule(3e-3, EPOCHS * 18)  # 18 batches of 100 an epoch.
+rate = optax.cosine_decay_schedule(1e-2, EPOCHS * 18)  # 18 batches of 100 an epoch.
 losses = {
     "adam": train(optax.adam(rate)),
     "soap": train(soap_optax.soap(rate, weight_decay=0.0)),
@@ -44,4 +44,4 @@ losses = {
         soap_optax.soap_adamw(rate, b1=0.9, b2=0.999, adamw_b2=0.999, weight_decay=0.0)
     ),
 }
-print_result("flowjax", losses, soap="soap_adamw", tolerance=0.05)
+print_result("flowjax", losses, soap="soap_adamw, Adam's betas", tolerance=0.05)

@@ -50,7 +50,7 @@ def train(make, steps=STEPS, folder=None):
     config.mesh = dataclasses.replace(config.mesh, param_mapping=mapping)
     config._validate_and_set_defaults()
     with Trainer(config, make(config), cross_entropy) as own:
-        key = jax.random.key(0)
+        key = jax.random.PRNGKey(0)
         state = own.initial_state(key, model_init=lambda: model.build(Vocab, key=key))
         info = own.train(state, own.data_loader(ListAsyncDataset(data)).iter_from_step(state.step))
     return info.loss, info.state
