@@ -16,6 +16,7 @@ from soap_optax.alias import STATIC_ARGS, soap
 from soap_optax.schedules import Frequency, thinning_frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.tools import Description, assignment_of, default_labels, describe
+from soap_optax.weight_decay import add_weight_decay
 
 SOAP_ADAMW_STATIC_ARGS = (*STATIC_ARGS, "labels", "report")
 """Arguments of `soap_adamw` that must not be traced, for `optax.inject_hyperparams`.
@@ -130,7 +131,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     ``dimension_numbers`` than the default, which decide about all axes.
 
     Returns:
-      A transformation. Its `update` needs the parameters. Its state is that of `optax.partition`.
+      A transformation. Its `update` needs the parameters, unless ``weight_decay`` is the number 0.
+      Its state is that of `optax.partition`.
 
     Raises:
       TypeError, ValueError: when built, at ``init`` and at ``update``, as `soap` does; at ``init``
@@ -194,7 +196,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     )
     adamw = optax.chain(
         scale_by_guarded_adam(adamw_b1, adamw_b2, eps, mu_dtype),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_weight_decay(weight_decay, mask),
         optax.scale_by_learning_rate(
             learning_rate if adamw_learning_rate is None else adamw_learning_rate
         ),

@@ -105,3 +105,32 @@ def test_soap_is_the_chain_of_its_three_parts_and_decays_what_the_mask_says() ->
             # A product and a sum of numbers of size 1, rounded by 6e-8 each.
             np.testing.assert_allclose(update, -learning_rate * decayed, rtol=0, atol=1e-6)
             params[name] += update
+
+
+# Programs such as Brax call `update` without parameters, which `optax.adam` does not need.
+WITHOUT_DECAY: dict[str, Any] = {
+    "soap": functools.partial(soap_optax.soap, 0.1, weight_decay=0.0),
+    "soap with a mask": functools.partial(
+        soap_optax.soap, 0.1, weight_decay=0, mask={"kernel": True, "bias": False}
+    ),
+    "soap_adamw": functools.partial(soap_optax.soap_adamw, 0.1, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DECAY)
+def test_update_needs_no_parameters_if_nothing_decays(name: str) -> None:
+    optimizer = WITHOUT_DECAY[name](first_update="apply")
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    state = optimizer.init(params)
+    with_params, state_with = optimizer.update(params, state, params)
+    without, state_without = optimizer.update(params, state)
+    jax.tree.map(np.testing.assert_array_equal, (without, state_without), (with_params, state_with))
+
+
+@pytest.mark.parametrize("build", [soap_optax.soap, soap_optax.soap_adamw])
+def test_an_update_without_parameters_notes_the_way_out(build: Any) -> None:
+    optimizer = build(0.1)
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    with pytest.raises(ValueError, match="parameters") as error:
+        optimizer.update(params, optimizer.init(params))
+    assert "pass weight_decay=0.0" in error.value.__notes__[0]
