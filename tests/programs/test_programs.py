@@ -16,7 +16,7 @@ INSTALLED = ("equinox", "haiku")
 
 
 def run(*command: str) -> str:
-    """Runs a script with this Python, without this session's settings of JAX's promotion."""
+    """Runs a script with this Python, without the settings of JAX's promotion."""
     environment = {name: value for name, value in os.environ.items() if "JAX_NUMPY" not in name}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
