@@ -41,7 +41,7 @@ def train(optimizer):
 
 
 losses = {}
-rate = optax.cosine_decay_schedule(3e-3, STEPS)
+rate = optax.cosine_decay_schedule(1e-2, STEPS)
 _, losses["adam"] = train(optax.adam(rate))
 _, losses["plain soap"] = train(soap_optax.soap(rate, weight_decay=0.0))
 optimizer = soap_optax.soap_adamw(rate, weight_decay=0.0)

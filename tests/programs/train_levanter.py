@@ -1,3 +1,4 @@
+# ruff: noqa: F401 - the code of the page uses imports that are not used here.
 """Levanter: a tiny GPT-2 on eight devices with `Trainer`, with the code of the page on Levanter."""
 
 import dataclasses
@@ -27,8 +28,7 @@ import soap_optax
 
 jax.config.update("jax_num_cpu_devices", 8)
 STEPS, PAGE = 60, "docs/how-to/levanter.md"
-used = (NamedArray, Linear, NamedSharding, PartitionSpec, MuonDimensionNumbers, OptimizerConfig)
-namespace = {item.__name__: item for item in (*used, dataclasses, jax, optax, soap_optax)}
+namespace = dict(globals())
 run_functions(PAGE, ("is_linear", "numbers", "labels", "with_names"), namespace)
 exec(added_file(PAGE, "lib/levanter/src/levanter/optim/soap_optax.py"), namespace)
 model = Gpt2Config(32, hidden_dim=32, num_layers=2, num_heads=2, gradient_checkpointing=False)
