@@ -117,6 +117,7 @@ WITHOUT_DECAY: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("implicit_promotion")  # Optax promotes the number of the update.
 @pytest.mark.parametrize("name", WITHOUT_DECAY)
 def test_update_needs_no_parameters_if_nothing_decays(name: str) -> None:
     optimizer = WITHOUT_DECAY[name](first_update="apply")

@@ -72,6 +72,8 @@ def run_script(name: str, python: str) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "OPENBLAS_NUM_THREADS": "1",
+        # Simulated devices wait for each other. On few cores, they need more threads than cores.
+        "NPROC": "32",
         "TQDM_DISABLE": "1",
     }
     script = [python, str(HERE / f"train_{name}.py")]

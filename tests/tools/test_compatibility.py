@@ -13,8 +13,8 @@ from helpers.recorded_states import CASES, GOLDEN, STEPS, by_path, grads, params
 import soap_optax
 from soap_optax.state import LAYOUT_VERSION
 
-# Products add in another order on another processor. No decomposition lies between.
-TOLERANCE = 1e-5
+# Other processors and versions of XLA add in another order. No decomposition lies between.
+TOLERANCE = 1e-4
 NARROW_TOLERANCE = 1e-2  # bfloat16 has eight bits.
 
 
@@ -29,6 +29,7 @@ def filled(expected: Any, leaves: Mapping[str, jax.Array]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(expected), [leaves[p] for p in by_path(expected)])
 
 
+@pytest.mark.usefixtures("implicit_promotion")  # Optax promotes numbers and complex updates.
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_state_is_read_and_takes_the_recorded_step(
     case: str, recorded: Mapping[str, np.ndarray]
