@@ -79,6 +79,7 @@ def test_complete_runs_are_skipped(tmp_path: Path) -> None:
     assert all(row[name] for name in ("device", "date", "jax", "soap_optax", "dtype", "seconds"))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_the_contenders_are_trained_for_real(tmp_path: Path) -> None:
     flags = ["--contenders", "old-port", "--dtypes", "float32", "--seeds", "0", "--steps", "2"]

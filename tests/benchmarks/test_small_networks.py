@@ -29,6 +29,7 @@ def test_the_leafwise_port_agrees_with_the_textbook() -> None:
     assert np.any(results[0][0]["kernel"])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_the_table_has_a_row_for_every_case(capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--networks", "1x8", "--points", "16", "--rounds", "2", "--steps", "2"]

@@ -26,6 +26,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", INSTALLED)
 def test_soap_is_no_worse_than_the_usual_optimizer(name: str) -> None:
     """The script raises otherwise."""

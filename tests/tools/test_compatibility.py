@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded_states
+from helpers.cases import mostly_long
 from helpers.recorded_states import CASES, GOLDEN, STEPS, by_path, grads, params, part_of
 
 import soap_optax
@@ -30,7 +31,7 @@ def filled(expected: Any, leaves: Mapping[str, jax.Array]) -> Any:
 
 
 @pytest.mark.usefixtures("implicit_promotion")  # Optax promotes numbers and complex updates.
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_long(CASES, ["soap", "shampoo, kl", "soap_adamw"]))
 def test_a_recorded_state_is_read_and_takes_the_recorded_step(
     case: str, recorded: Mapping[str, np.ndarray]
 ) -> None:
