@@ -349,6 +349,7 @@ CALLABLE_TREES: dict[str, Callable[[Tree], optax.GradientTransformation]] = {
 }
 
 
+@pytest.mark.usefixtures("implicit_promotion")  # Optax promotes the number of the update.
 @pytest.mark.parametrize("make", named(CALLABLE_TREES))
 def test_trees_that_are_callable_are_trees(
     make: Callable[[Tree], optax.GradientTransformation],
