@@ -75,6 +75,7 @@ def run_script(name: str, python: str) -> dict[str, Any]:
         # Simulated devices wait for each other. On few cores, they need more threads than cores.
         "NPROC": "32",
         "TQDM_DISABLE": "1",
+        **PROGRAMS[name].get("environment", {}),
     }
     script = [python, str(HERE / f"train_{name}.py")]
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,8 @@ def run_script(name: str, python: str) -> dict[str, Any]:
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         errors = done.stderr.strip().splitlines() or ["failed without a message"]
-        result["error"] = errors[-1]
+        killed = done.returncode < 0
+        result["error"] = f"ended by signal {-done.returncode}" if killed else errors[-1]
     return result
 
 

@@ -25,7 +25,6 @@ from program_result import print_result
 
 import soap_optax
 
-jax.config.update("jax_num_cpu_devices", 8)
 STEPS, PAGE = 60, "docs/how-to/levanter.md"
 namespace = dict(globals())
 run_functions(PAGE, ("is_linear", "numbers", "labels", "with_names"), namespace)
