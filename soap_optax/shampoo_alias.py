@@ -13,6 +13,7 @@ from soap_optax.algorithm import FactorEstimator, Grafting, RefreshMethod
 from soap_optax.schedules import Frequency
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.stacks import RefreshOrder
+from soap_optax.weight_decay import add_weight_decay
 
 SHAMPOO_STATIC_ARGS = (
     "mask",
@@ -110,7 +111,7 @@ def shampoo(  # noqa: D417  # `scale_by_shampoo` documents the other arguments.
     All other arguments are those of `scale_by_shampoo`.
 
     Returns:
-      A transformation. Its `update` needs the parameters, for the weight decay.
+      A transformation. Its `update` needs the parameters, unless ``weight_decay`` is the number 0.
 
     Raises:
       TypeError, ValueError: when built, at ``init`` and at ``update``, as `scale_by_shampoo` does;
@@ -150,6 +151,6 @@ def shampoo(  # noqa: D417  # `scale_by_shampoo` documents the other arguments.
             factor_estimator=factor_estimator,
             precision=precision,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        add_weight_decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

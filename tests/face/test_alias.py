@@ -114,21 +114,22 @@ WITHOUT_DECAY: dict[str, Any] = {
         soap_optax.soap, 0.1, weight_decay=0, mask={"kernel": True, "bias": False}
     ),
     "soap_adamw": functools.partial(soap_optax.soap_adamw, 0.1, weight_decay=0.0),
+    "shampoo": functools.partial(soap_optax.shampoo, 0.1, weight_decay=0.0),
 }
 
 
 @pytest.mark.usefixtures("implicit_promotion")  # Optax promotes the number of the update.
 @pytest.mark.parametrize("name", WITHOUT_DECAY)
 def test_update_needs_no_parameters_if_nothing_decays(name: str) -> None:
-    optimizer = WITHOUT_DECAY[name](first_update="apply")
+    optimizer = WITHOUT_DECAY[name]()
     params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
-    state = optimizer.init(params)
+    _, state = optimizer.update(params, optimizer.init(params))  # The first update is zero.
     with_params, state_with = optimizer.update(params, state, params)
     without, state_without = optimizer.update(params, state)
     jax.tree.map(np.testing.assert_array_equal, (without, state_without), (with_params, state_with))
 
 
-@pytest.mark.parametrize("build", [soap_optax.soap, soap_optax.soap_adamw])
+@pytest.mark.parametrize("build", [soap_optax.soap, soap_optax.soap_adamw, soap_optax.shampoo])
 def test_an_update_without_parameters_notes_the_way_out(build: Any) -> None:
     optimizer = build(0.1)
     params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
