@@ -10,6 +10,7 @@ import functools
 import gc
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -68,9 +69,29 @@ def compile_fast() -> None:
     jax.config.update("jax_disable_most_optimizations", is_set("JAX_DISABLE_MOST_OPTIMIZATIONS"))
 
 
+def share_compiled_programs(config: pytest.Config) -> None:
+    """Lets all processes of a run share compiled programs, in a directory that ends with the run.
+
+    This saves a fifth of the time. Set `JAX_COMPILATION_CACHE_DIR` to keep the programs for later
+    runs, which then take about half as long.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(directory.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory.name
+    for name, value in {
+        "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,  # Any size.
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("long" if runs_long_tests(config) else "short")
     compile_fast()
+    share_compiled_programs(config)
     if not config.getoption("numprocesses", None):  # Not in the process that distributes tests.
         start_jax()
 

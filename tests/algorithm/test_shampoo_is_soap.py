@@ -80,6 +80,7 @@ def soap_update(grads: np.ndarray) -> np.ndarray:
     return np.asarray(update)
 
 
+@hypothesis.settings(max_examples=2)  # Each compiles its programs.
 @hypothesis.given(
     lengths=st.tuples(st.integers(2, 8), st.integers(2, 8)),
     spare=st.integers(1, 6),

@@ -89,8 +89,7 @@ def decomposed_by_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jax.clear_caches()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("trajectory", mostly_long(BY_NAME, ["matrix_freq1"]))
+@pytest.mark.parametrize("trajectory", mostly_long(BY_NAME[::3], []))
 @pytest.mark.usefixtures("x64", "decomposed_by_panels")
 def test_float64_follows_the_authors_code_to_rounding_by_panels(
     trajectory: trajectories.Trajectory,

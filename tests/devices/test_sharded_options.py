@@ -52,23 +52,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "stagger": True,
         "precondition_frequency": 3,
     },
-    "eigh_after_gradient": {"refresh": "eigh", "refresh_order": "after_gradient"},
-    "jacobi_one_sided": {"refresh": "jacobi", "one_sided": True},
+    "eigh_after_gradient_one_sided": {
+        "refresh": "eigh",
+        "refresh_order": "after_gradient",
+        "one_sided": True,
+    },
+    "jacobi_precondition_1d": {"refresh": "jacobi", "precondition_1d": True},
     "partial_narrow": {
         "refresh": "partial",
         "mu_dtype": jnp.float32,
         "preconditioner_dtype": jnp.float32,
     },
-    "auto_precondition_1d": {"refresh": "auto", "precondition_1d": True},
-    "refresh_tolerance": {
+    "auto_tolerance_factored": {
+        "refresh": "auto",
         "refresh_tolerance": 0.1,
         "normalize_grads": True,
         "correct_bias": False,
+        "factored": True,
+        "fold_factors": True,
     },
     "dimension_numbers": {"dimension_numbers": DIMENSION_NUMBERS},
     "tiles_of_layers": {"dimension_numbers": DIMENSION_NUMBERS, "block_size": 4},
     "merge_dims": {"merge_dims": True, "max_precond_dim": 16},
-    "factored": {"factored": True, "fold_factors": True},
     "apply": {"first_update": "apply", "factored": True},
     "apply_kl": {"first_update": "apply", "factor_estimator": "kl", "stagger": True},
     "kl_all": {
@@ -126,8 +131,6 @@ def padding_of(stack: Any) -> int:
 
 # Options that "tiles_of_layers", "apply_kl" and "kl_all" combine with others.
 IN_OTHER_CASES = ["dimension_numbers", "apply", "stack_multiple"]
-# Ways to cut leaves into blocks, and with that to reshard them.
-CUTS = ["default", "tiles_of_layers", "merge_dims"]
 CASES = [
     *(
         pytest.param(name, AUTO, True, id=f"{name}-specified")
@@ -136,9 +139,12 @@ CASES = [
     ),
     *(
         pytest.param(name, AUTO, False, id=f"{name}-left_to_xla")
-        for name in (*CUTS, "stack_multiple")
+        for name in ("tiles_of_layers", "stack_multiple")
     ),
-    *(pytest.param(name, EXPLICIT, False, id=f"{name}-explicit") for name in CUTS),
+    *(
+        pytest.param(name, EXPLICIT, False, id=f"{name}-explicit")
+        for name in ("default", "tiles_of_layers")
+    ),
 ]
 
 
