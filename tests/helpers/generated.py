@@ -163,6 +163,8 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
+SEEDS = st.integers(0, 2**32 - 1)
+
 # Histories ----------------------------------------------------------------------------------------
 
 
