@@ -305,7 +305,7 @@ class Limit(NamedTuple):
 OTHERS: list[tuple[str, Callable[[Sequence[str]], Trees], Limit, dict[str, Any], bool]] = [
     ("layers", trees_of_layers, Limit(2), {"dimension_numbers": LAYERS}, False),
     ("one_block", trees_of_one_block, Limit(2, 1), {}, False),
-    ("one_block_in_64", trees_of_one_block, Limit(2, 1), {"stack_multiple": 64}, True),
+    ("one_block_in_64", trees_of_one_block, Limit(2, 1), {"stack_multiple": 64}, False),
     ("large_leaf", trees_of_a_large_leaf, Limit(2), {"max_precond_dim": 32}, False),
     (
         "large_leaf_with_a_hint",

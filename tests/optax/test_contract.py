@@ -75,6 +75,7 @@ CASES = [
     ),
 ]
 OTHER_CASES = [
+    case("soap", learning_rate=1e-2),
     # Half of the targets are vectors. With factors for vectors, the options affect these, too.
     case(
         "soap",
