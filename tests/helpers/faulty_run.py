@@ -460,15 +460,15 @@ def _one_process(
     report.memory = max(report.memory, memory, key=len)
 
 
-def truncate_newest(directory: pathlib.Path, rng: random.Random) -> None:
+def truncate_newest(directory: pathlib.Path, rng: random.Random | None = None) -> None:
     """Cuts a file of the newest checkpoint in half, as a crash of the machine can leave it.
 
-    Every second time this is the largest file, which has the arrays.
+    Without `rng`, and every second time with it, this is the largest file, which has the arrays.
     """
     checkpoints = [path for path in directory.iterdir() if path.name.isdigit()]
     newest = max(checkpoints, key=lambda path: int(path.name))
     files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
     largest = max(files, key=lambda path: path.stat().st_size)
-    chosen = largest if rng.random() < 0.5 else rng.choice(sorted(files))
+    chosen = largest if rng is None or rng.random() < 0.5 else rng.choice(sorted(files))
     content = chosen.read_bytes()
     chosen.write_bytes(content[: len(content) // 2])

@@ -1,6 +1,7 @@
 """A run full of faults ends where a run without interruptions does: see `helpers.faulty_run`."""
 
 import pathlib
+import shutil
 
 import pytest
 from helpers import faulty_run
@@ -47,6 +48,19 @@ def test_a_run_that_is_killed_again_and_again_is_the_uninterrupted_one(
     assert report.end == uninterrupted.end._replace(
         memory=report.end.memory, programs=report.end.programs
     )
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_is_damaged(
+    directory: pathlib.Path, settings: Settings, uninterrupted: faulty_run.Report
+) -> None:
+    damaged = directory / "damaged"
+    shutil.copytree(directory / "uninterrupted", damaged)
+    faulty_run.truncate_newest(damaged)
+    report = faulty_run.drive(damaged, settings, kills=0)
+    assert report.unreadable == 1
+    assert sorted(report.digests) == [STEPS - 50, STEPS]
+    for step, digests in report.digests.items():
+        assert digests == uninterrupted.digests[step], step
 
 
 def test_a_run_goes_on_with_other_numbers_of_devices(
