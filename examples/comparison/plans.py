@@ -53,15 +53,24 @@ class Plan:
         """The mean loss over seeds."""
         return mean(self.losses[spec.but(seed=seed)] for seed in seeds)
 
+    def known_loss(self, spec: Spec, seeds: Iterable[int]) -> float:
+        """The mean loss over seeds if all are complete, else the loss of the run itself."""
+        runs = [spec.but(seed=seed) for seed in seeds]
+        complete = runs and all(run in self.losses for run in runs)
+        return mean(self.losses[run] for run in runs) if complete else self.losses[spec]
+
 
 # Searches -----------------------------------------------------------------------------------------
 
 
-def valley(plan: Plan, base: Spec, preset: Preset, margin: float = 0.0) -> list[Spec] | None:
+def valley(
+    plan: Plan, base: Spec, preset: Preset, margin: float = 0.0, seeds: Iterable[int] = ()
+) -> list[Spec] | None:
     """Searches the learning rate by half decades around that of `base`, with its seed.
 
     The grid grows until the runs at both ends are worse than the best one by more than `margin`, or
-    until it has `preset.extensions` more rates.
+    until it has `preset.extensions` more rates. A rate whose runs are complete with all `seeds`
+    counts with their mean.
 
     Returns:
       The runs by learning rate, or None while some are missing.
@@ -73,12 +82,13 @@ def valley(plan: Plan, base: Spec, preset: Preset, margin: float = 0.0) -> list[
         grid = [base.but(learning_rate=half_decade(base.learning_rate, place)) for place in places]
         if not plan.need(grid):
             return None
-        limit = plan.losses[plan.best(grid)] + margin
-        low, high = plan.losses[grid[0]] <= limit, plan.losses[grid[-1]] <= limit
+        losses = [plan.known_loss(spec, seeds) for spec in grid]
+        limit = min(losses) + margin
+        low, high = losses[0] <= limit, losses[-1] <= limit
         if not (low or high) or len(places) >= most:
             return grid
         # One rate at a time, where the loss is lower.
-        go_low = low and (not high or plan.losses[grid[0]] <= plan.losses[grid[-1]])
+        go_low = low and (not high or losses[0] <= losses[-1])
         places = [places[0] - 1, *places] if go_low else [*places, places[-1] + 1]
 
 
@@ -88,26 +98,39 @@ def half_decade(rate: float, place: int) -> float:
 
 
 def best_rate(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
-    """The best run of `valley`."""
-    grid = valley(plan, base, preset)
-    return plan.best(grid) if grid else None
+    """The run at the rate with the lowest mean loss over all seeds.
+
+    The best rate of the first seed gets the other seeds. If their mean is above the first loss of
+    another rate, as when a rate is unstable with some seeds, that rate gets all seeds too.
+
+    Returns:
+      The run, with the seed of `base`, or None while some are missing.
+    """
+    grid = valley(plan, base, preset, seeds=preset.seeds)
+    if grid is None:
+        return None
+    best = min(grid, key=lambda spec: plan.known_loss(spec, preset.seeds))
+    return best if with_seeds(plan, best, preset.seeds) else None
 
 
 def tuned(plan: Plan, base: Spec, preset: Preset) -> Spec | None:
     """Tunes the learning rate, then b2, then weight decay, then the learning rate again.
 
-    Each contender has the settings to tune in `Contender.tuned`.
+    Each contender has the settings to tune in `Contender.tuned`. The first seed decides all but the
+    last search, in which `best_rate` takes all of them.
     """
-    first = best_rate(plan, base, preset)
-    if first is None or not preset.tunes:
-        return first
-    best = first
+    if not preset.tunes:
+        return best_rate(plan, base, preset)
+    grid = valley(plan, base, preset)
+    if grid is None:
+        return None
+    best = first = plan.best(grid)
     for name in CONTENDERS[base.contender].tuned:
         others = [best.but(**{name: value}) for value in TUNED_VALUES[name]]
         if not plan.need(others):
             return None
         best = plan.best([best, *others])
-    return best if best == first else best_rate(plan, best, preset)
+    return best_rate(plan, base if best == first else best, preset)
 
 
 def with_seeds(plan: Plan, spec: Spec | None, seeds: Iterable[int]) -> bool:
