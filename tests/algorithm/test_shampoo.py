@@ -119,6 +119,7 @@ def traced_options(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [draw(st.fixed_dictionaries(ranges)) for _ in range(3)]
 
 
+@pytest.mark.long
 @hypothesis.given(
     shapes=trees(),
     static=static_options(),

@@ -88,6 +88,7 @@ def test_a_mesh_gives_the_single_device_run(kind: AxisType) -> None:
         np.testing.assert_allclose(params[name], leaf, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
+@pytest.mark.long
 def test_directions_may_be_sharded_in_another_way_than_parameters() -> None:
     """Transformations such as Muon may return such directions."""
     mesh = mesh_of("4x2", EXPLICIT)

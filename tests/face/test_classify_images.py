@@ -30,7 +30,13 @@ def datasets(example: ModuleType) -> ModuleType:
     return sys.modules["vision.datasets"]
 
 
-@pytest.mark.parametrize(("name", "shape"), [("digits", (28, 28, 1)), ("signals", (40, 1))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param("digits", (28, 28, 1), marks=pytest.mark.long),
+        ("signals", (40, 1)),
+    ],
+)
 def test_the_parts_of_a_data_set_are_disjoint_and_hold_all_classes(
     datasets: Any, name: str, shape: tuple[int, ...]
 ) -> None:

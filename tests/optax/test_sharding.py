@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from helpers.cases import mostly_long
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import soap_optax
@@ -248,7 +247,8 @@ def sharding_test_of_the_installed_optax(name: str) -> type[unittest.TestCase]:
 @pytest.mark.skipif(
     not importlib.util.find_spec("optax._src.sharding_test"), reason="Optax ships it from 0.2.7 on"
 )
-@pytest.mark.parametrize("name", mostly_long(OPTIMIZERS, ["scale_by_soap"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_sharding_test_of_the_installed_optax_passes(name: str) -> None:
     case = sharding_test_of_the_installed_optax(name)
     names = [name for name in unittest.TestLoader().getTestCaseNames(case) if "soap" in name]

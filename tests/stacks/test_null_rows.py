@@ -120,7 +120,9 @@ def test_rows_and_columns_without_a_gradient_get_an_update_of_exactly_zero(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", mostly_long(OPTIONS, ("defaults",)))
+@pytest.mark.parametrize(
+    "name", mostly_long([name for name in OPTIONS if " " not in name], ("defaults",))
+)
 def test_a_row_moves_from_its_first_gradient_on_as_in_float64(name: str) -> None:
     if name == "bfloat16":
         pytest.skip("rounds by 4e-3")

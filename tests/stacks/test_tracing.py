@@ -383,6 +383,7 @@ def operations_of(optimizer: optax.GradientTransformation, layers: int) -> colle
     return kinds
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 def test_more_layers_add_nothing_to_the_program_but_the_way_to_their_blocks() -> None:
     few, many = (operations_of(soap_optax.scale_by_soap(), layers) for layers in (5, 48))
