@@ -17,7 +17,6 @@ import optax
 import soap_optax
 
 STEPS = 12
-HISTORIES = 25  # For each case.
 
 Tree = Any
 KINDS = (

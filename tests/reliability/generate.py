@@ -17,7 +17,6 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,14 @@ import hypothesis
 import jax
 from helpers import generated
 from helpers.generated import Case
-from test_generated import CHECKS
+from test_generated import CHECKS, Check
 from tqdm import tqdm
 
 FILE = Path(__file__).parents[2] / "docs/data/reliability/generated.csv"
+HISTORIES = 25  # For each case. More cases instead would compile more programs.
 
 
-def failures_of(
-    check: Callable[[Case, int], None], cases: int, seed: int, progress: tqdm[Any]
-) -> int:
+def failures_of(check: Check, cases: int, seed: int, progress: tqdm[Any]) -> int:
     """Runs a check on random cases, and returns how many failed; prints each failure."""
     failures = 0
 
@@ -56,12 +54,12 @@ def failures_of(
     def run(case: Case, seed: int) -> None:
         nonlocal failures
         try:
-            check(case, seed)
+            check(case, seed, HISTORIES)
         except Exception:
             failures += 1
             tqdm.write(f"{check.__name__}, seed {seed}: {case}\n{traceback.format_exc()}")
         jax.clear_caches()
-        progress.update(generated.HISTORIES)
+        progress.update(HISTORIES)
 
     run()
     return failures
@@ -79,9 +77,9 @@ def main() -> int:
 
     jax.config.update("jax_disable_most_optimizations", True)  # Compiling takes most of the time.
     seed = int.from_bytes(os.urandom(4)) if args.seed is None else args.seed
-    cases = -(-args.examples // (len(CHECKS) * generated.HISTORIES))
+    cases = -(-args.examples // (len(CHECKS) * HISTORIES))
     started = time.monotonic()
-    with tqdm(total=cases * len(CHECKS) * generated.HISTORIES, unit="example") as progress:
+    with tqdm(total=cases * len(CHECKS) * HISTORIES, unit="example") as progress:
         failures = sum(failures_of(check, cases, seed, progress) for check in CHECKS)
         examples = int(progress.n)
     row = {

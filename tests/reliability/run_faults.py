@@ -77,6 +77,15 @@ def row_of(
     }
 
 
+def append(path: Path, *rows: dict[str, object]) -> None:
+    """Adds rows to the file, all of them or none."""
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,9 +112,7 @@ def main() -> None:
             kills: int = 0,
             devices: tuple[int, ...] = (1,),
             reference: Report | None = None,
-        ) -> Report | None:
-            if (name, seed, args.steps) in done:
-                return None
+        ) -> tuple[Report, dict[str, object]]:
             settings = Settings(
                 args.steps, max(args.steps // 200, 50), seed, faults, directory / "compiled"
             )
@@ -117,22 +124,18 @@ def main() -> None:
                 devices,
                 lambda line: print(name, line),
             )
-            row = row_of(name, settings, report, reference, time.monotonic() - started)
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerow(row)
-            return report
+            return report, row_of(name, settings, report, reference, time.monotonic() - started)
 
         for seed in QUIET_SEEDS:
-            run("quiet", seed, faults=False)
+            if ("quiet", seed, args.steps) not in done:
+                append(path, run("quiet", seed, faults=False)[1])
         # The two runs that are compared bit by bit come together or not at all.
         if ("killed", 0, args.steps) not in done:
-            done.discard(("uninterrupted", 0, args.steps))
-            uninterrupted = run("uninterrupted", 0, faults=True)
-            run("killed", 0, faults=True, kills=args.kills, reference=uninterrupted)
-        run("devices", 0, faults=True, kills=args.kills // 2, devices=(1, 2, 4, 8))
+            uninterrupted, row = run("uninterrupted", 0, faults=True)
+            kills = args.kills
+            append(path, row, run("killed", 0, True, kills, reference=uninterrupted)[1])
+        if ("devices", 0, args.steps) not in done:
+            append(path, run("devices", 0, True, args.kills // 2, devices=(1, 2, 4, 8))[1])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from soap_optax.state import AdamState, ShampooStackState, StackState
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 STACKS = (StackState, ShampooStackState)
+HISTORIES = 50  # For each case.
 
 
 def parts_of(state: Any, *kinds: type) -> list[Any]:
@@ -95,10 +96,10 @@ def assert_equal(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def assert_any_history_leaves_a_sound_state(case: Case, seed: int) -> None:
+def assert_any_history_leaves_a_sound_state(case: Case, seed: int, histories: int) -> None:
     init = case.optimizer().init(case.params)
     run = generated.compile_run(case)
-    for number in range(generated.HISTORIES):
+    for number in range(histories):
         hypothesis.note(f"history {number}")
         grads = generated.histories(case.shapes, seed, number)
         updates, middle = run(init, first_half(grads))
@@ -119,12 +120,12 @@ def groups_of(case: Case) -> list[Any]:
     return ["adamw" if is_soap_adamw and label == "adamw" else i for i, label in enumerate(labels)]
 
 
-def assert_no_leaf_changes_the_update_of_another(case: Case, seed: int) -> None:
+def assert_no_leaf_changes_the_update_of_another(case: Case, seed: int, histories: int) -> None:
     init = case.optimizer().init(case.params)
     run = generated.compile_run(case)
     leaves, tree = jax.tree.flatten(case.shapes)
     groups = groups_of(case)
-    for number in range(generated.HISTORIES):
+    for number in range(histories):
         hypothesis.note(f"history {number}")
         grads = tree.flatten_up_to(generated.histories(case.shapes, seed, number))
         other = tree.flatten_up_to(generated.histories(case.shapes, seed, number, 1))
@@ -136,13 +137,17 @@ def assert_no_leaf_changes_the_update_of_another(case: Case, seed: int) -> None:
         assert_equal([updates[i] for i in others], [expected[i] for i in others])
 
 
-CHECKS = (assert_any_history_leaves_a_sound_state, assert_no_leaf_changes_the_update_of_another)
+Check = Callable[[Case, int, int], None]
+CHECKS: tuple[Check, ...] = (
+    assert_any_history_leaves_a_sound_state,
+    assert_no_leaf_changes_the_update_of_another,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("assert_"))
-def test_generated_cases(check: Callable[[Case, int], None]) -> None:
+def test_generated_cases(check: Check) -> None:
     @hypothesis.given(case=generated.cases(), seed=generated.SEEDS)
     def test(case: Case, seed: int) -> None:
-        check(case, seed)
+        check(case, seed, HISTORIES)
 
     test()
