@@ -1,6 +1,7 @@
 """SOAP, Adam in the eigenbasis of Shampoo's preconditioner, and Shampoo, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
+from soap_optax.clipping import clip_by_running_norm
 from soap_optax.hyperball import hyperball
 from soap_optax.partitioned import SOAP_ADAMW_STATIC_ARGS, soap_adamw
 from soap_optax.schedules import thinning_frequency
@@ -8,6 +9,7 @@ from soap_optax.shampoo_alias import SHAMPOO_STATIC_ARGS, shampoo
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.state import (
     AdamState,
+    ClipByRunningNormState,
     HyperballState,
     ScaleByShampooState,
     ScaleBySoapState,
@@ -33,6 +35,7 @@ __all__ = [
     "SOAP_ADAMW_STATIC_ARGS",
     "STATIC_ARGS",
     "AdamState",
+    "ClipByRunningNormState",
     "Description",
     "HyperballState",
     "ParameterDescription",
@@ -41,6 +44,7 @@ __all__ = [
     "ShampooStackState",
     "StackState",
     "check_checkpoint",
+    "clip_by_running_norm",
     "default_dimension_numbers",
     "default_labels",
     "describe",

@@ -26,6 +26,11 @@ _HYPERBALL_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mask": value_checks.check_mask,
 }
 
+_CLIPPING_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "max_ratio": value_checks.check_ratio,
+    "decay": value_checks.check_decay,
+}
+
 _SOAP_ADAMW_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "adamw_learning_rate": lambda name, value: (
         None if value is None else value_checks.check_learning_rate(name, value)
@@ -34,6 +39,9 @@ _SOAP_ADAMW_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "adamw_b2": value_checks.check_decay,
     "labels": partial(value_checks.check_tree, entries="'soap' and 'adamw'"),
     "report": value_checks.check_report,
+    "max_norm_ratio": lambda name, value: (
+        None if value is None else value_checks.check_ratio(name, value)
+    ),
 }
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -44,17 +52,25 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
         None if value is None else value_checks.check_decay(name, value)
     ),
     "precondition_frequency": value_checks.check_frequency,
-    "max_precond_dim": value_checks.check_max_precond_dim,
+    "max_precond_dim": partial(
+        value_checks.check_optional_integer,
+        least=1,
+        way_out="for no preconditioning use optax.adamw",
+    ),
     "precondition_1d": value_checks.check_flag,
     "merge_dims": value_checks.check_flag,
     "normalize_grads": value_checks.check_flag,
     "correct_bias": value_checks.check_flag,
     "first_update": partial(value_checks.check_choice, choices=get_args(FirstUpdate)),
     "mu_dtype": value_checks.check_dtype,
-    "block_size": value_checks.check_block_size,
+    "block_size": partial(
+        value_checks.check_optional_integer, least=2, way_out="None leaves every parameter whole"
+    ),
     "dimension_numbers": _check_dimension_numbers,
     "stack_sharding": value_checks.check_stack_sharding,
-    "stack_multiple": value_checks.check_stack_multiple,
+    "stack_multiple": partial(
+        value_checks.check_optional_integer, least=1, way_out="1 pads nothing"
+    ),
     "param_shardings": partial(value_checks.check_tree, entries="NamedSharding"),
     "refresh": partial(value_checks.check_choice, choices=get_args(RefreshMethod)),
     "refresh_tolerance": value_checks.check_tolerance,
@@ -89,6 +105,12 @@ def check_hyperball(**arguments: Any) -> None:
     """Raises if an argument of `hyperball` is out of range."""
     for name, value in arguments.items():
         _HYPERBALL_CHECKS[name](name, value)
+
+
+def check_clipping(**arguments: Any) -> None:
+    """Raises if an argument of `clip_by_running_norm` is out of range."""
+    for name, value in arguments.items():
+        _CLIPPING_CHECKS[name](name, value)
 
 
 def check_soap_adamw(**arguments: Any) -> None:

@@ -13,6 +13,7 @@ from soap_optax import arguments, blocks
 from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
 from soap_optax.alias import STATIC_ARGS, soap
+from soap_optax.clipping import clip_by_running_norm
 from soap_optax.schedules import Frequency, thinning_frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.tools import Description, assignment_of, default_labels, describe
@@ -33,6 +34,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     adamw_b2: ArrayLike = 0.95,
     labels: Any | Callable[[Any], Any] | None = None,
     report: Callable[[Description], Any] | None = None,
+    max_norm_ratio: ArrayLike | None = None,
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
@@ -118,6 +120,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         `print`. It also runs if ``init`` is only traced. None reports nothing. Under
         `optax.inject_hyperparams`, pass ``static_args=SOAP_ADAMW_STATIC_ARGS``. Otherwise Optax
         calls it with the number of steps, as a schedule.
+      max_norm_ratio: the largest norm of all gradients relative to the mean of earlier ones, as for
+        `clip_by_running_norm`, which is then first in a chain. None clips nothing.
       eps: of both optimizers. AdamW adds it after the bias correction, as in Optax.
       weight_decay: of both optimizers.
       mask: the parameters that either of them decays, as for `soap`.
@@ -132,7 +136,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
 
     Returns:
       A transformation. Its `update` needs the parameters, unless ``weight_decay`` is the number 0.
-      Its state is that of `optax.partition`.
+      Its state is that of `optax.partition`. With ``max_norm_ratio``, it is that of `optax.chain`.
 
     Raises:
       TypeError, ValueError: when built, at ``init`` and at ``update``, as `soap` does; at ``init``
@@ -151,6 +155,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
         adamw_b2=adamw_b2,
         labels=labels,
         report=report,
+        max_norm_ratio=max_norm_ratio,
     )
     if dimension_numbers is None:
         arguments.check_left_to_default_dimension_numbers(
@@ -222,4 +227,7 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
     ) -> tuple[optax.Updates, optax.OptState]:
         return optimizer_of(updates).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    optimizer = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if max_norm_ratio is None:
+        return optimizer
+    return optax.chain(clip_by_running_norm(max_norm_ratio), optimizer)

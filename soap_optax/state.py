@@ -156,6 +156,19 @@ PreconditionerState = ScaleBySoapState | ScaleByShampooState
 AnyStackState = StackState | ShampooStackState
 
 
+class ClipByRunningNormState(NamedTuple):
+    """State of `clip_by_running_norm`.
+
+    Attributes:
+      count: number of gradients in the mean so far, a scalar.
+      mean_norm: mean of their norms after clipping, without bias correction, a scalar. Its dtype is
+        that of the widest parameter, at least float32.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count
+    mean_norm: Array
+
+
 class HyperballState(NamedTuple):
     """State of `hyperball`.
 

@@ -51,6 +51,16 @@ def check_eps(
         )
 
 
+def check_ratio(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number above 1."""
+    number = _number(value, f"{name} must be a number above 1")
+    if not _is_traced(number) and not 1 < _as_float32(number) < math.inf:
+        raise ValueError(
+            f"{name} must be finite and above 1 as a float32, got {value}; 3 clips norms to three "
+            "times their mean, and with 1 or less the mean could never grow"
+        )
+
+
 def check_exponent(name: str, value: Any) -> None:
     """Raises unless `value` is None or a number in (0, 1]."""
     if value is None:
@@ -114,22 +124,10 @@ def check_frequency(name: str, value: Any) -> None:
         )
 
 
-def check_max_precond_dim(name: str, value: Any) -> None:
-    """Raises unless `value` is None or an integer of at least 1."""
+def check_optional_integer(name: str, value: Any, least: int, way_out: str) -> None:
+    """Raises unless `value` is None or an integer of at least `least`."""
     if value is not None:
-        check_integer(name, value, 1, "for no preconditioning use optax.adamw")
-
-
-def check_block_size(name: str, value: Any) -> None:
-    """Raises unless `value` is None or an integer of at least 2."""
-    if value is not None:
-        check_integer(name, value, 2, "None leaves every parameter whole")
-
-
-def check_stack_multiple(name: str, value: Any) -> None:
-    """Raises unless `value` is None or an integer of at least 1."""
-    if value is not None:
-        check_integer(name, value, 1, "1 pads nothing")
+        check_integer(name, value, least, way_out)
 
 
 def check_tree(name: str, value: Any, entries: str) -> None:

@@ -90,6 +90,12 @@ def chains() -> dict[str, optax.GradientTransformation]:
         "`clip_by_global_norm(9)`, SOAP": optax.chain(
             optax.clip_by_global_norm(9.0), soap_then(optax.identity())
         ),
+        "`clip_by_running_norm()`, SOAP": optax.chain(
+            soap_optax.clip_by_running_norm(), soap_then(optax.identity())
+        ),
+        "`soap_adamw(max_norm_ratio=3)`": soap_optax.soap_adamw(
+            3e-3, max_norm_ratio=3.0, weight_decay=0.0
+        ),
         "SOAP, `clip_by_global_norm(15)`": soap_then(optax.clip_by_global_norm(15.0)),
         "SOAP, `clip_by_block_rms(0.4)`": soap_then(optax.clip_by_block_rms(0.4)),
         "SOAP, `scale_by_trust_ratio()`": soap_then(optax.scale_by_trust_ratio()),

@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,23 +32,22 @@ from typing import NamedTuple
 # OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Imported once: the processes of the mutants are forks of this one.
-import cosmic_ray.plugins
+# Imported once: the processes of the mutants are forks of this one. Cosmic Ray is in no extra.
+import cosmic_ray.plugins  # pyright: ignore[reportMissingImports]
 import flax.linen
 import flax.nnx
-import hypothesis
 import jax
 import optax
 import optax.contrib
 import pytest
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
+from cosmic_ray.ast import ast_nodes, get_ast  # pyright: ignore[reportMissingImports]
+from cosmic_ray.mutating import mutate_code  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs/data/reliability/mutants.csv"
 FIELDS = ("wing", "module", "line", "operator", "before", "after", "outcome", "seconds")
-IMPORTED = (flax.linen, flax.nnx, hypothesis, jax, optax, optax.contrib)
+IMPORTED = (flax.linen, flax.nnx, jax, optax, optax.contrib)
 
 # Not `*` to `<<` and the like, which raise at the first call.
 OPERATORS = (
@@ -148,14 +148,19 @@ def passes(copy: Path, tests: Sequence[str]) -> bool:
     """Whether all tests pass in a copy of the project, in a fork of this process."""
     process = os.fork()
     if process == 0:
-        os.setsid()
-        with (copy / "output.txt").open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.chdir(copy)
-        sys.path.insert(0, str(copy))
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
-        os._exit(int(code))
+        code = 1
+        try:
+            os.setsid()
+            with (copy / "output.txt").open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # Without the cleanup of the parent.
     deadline = time.monotonic() + LIMIT_IN_SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -200,7 +205,7 @@ def read_rows() -> list[dict[str, str]]:
 def append(row: dict[str, object]) -> None:
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter[str](file, FIELDS)
         if not file.tell():
             writer.writeheader()
         writer.writerow(row)
