@@ -75,7 +75,8 @@ def clip_by_running_norm(
         count, mean_norm = state.count, state.mean_norm  # pyright: ignore[reportAttributeAccessIssue]
         norm = _global_norm(updates).astype(mean_norm.dtype)
         beta = jnp.asarray(decay, mean_norm.dtype)
-        limit = jnp.asarray(max_ratio, mean_norm.dtype) * mean_norm / (1 - beta**count)
+        limit = jnp.asarray(max_ratio, mean_norm.dtype) * mean_norm
+        limit = limit / (1 - beta ** count.astype(mean_norm.dtype))
         limit = jnp.where(count > 0, limit, jnp.inf)
         clipped = jnp.minimum(norm, limit)
         ratio = jnp.where(norm > limit, limit / norm, 1)
