@@ -102,6 +102,16 @@ def test_one_angle_is_the_classical_jacobi_rotation() -> None:
     assert abs(diagonal[0, 1]) < 1e-6
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("angle", [0.05, -0.1])
+def test_a_rotation_departs_from_orthonormality_by_a_72nd_of_the_sixth_power(angle: float) -> None:
+    rotation = np.asarray(jacobi.rotation(jnp.array([[0.0, angle], [-angle, 0.0]])))
+    departure = rotation.T @ rotation - np.eye(2)
+    np.testing.assert_allclose(departure, -(angle**6) / 72 * np.eye(2), rtol=5e-3, atol=1e-12)
+    wanted = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    np.testing.assert_allclose(rotation, wanted, atol=abs(angle) ** 5 / 60)
+
+
 ANGLES_OF = jax.jit(jacobi.rotation_angles)
 
 
