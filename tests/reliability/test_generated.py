@@ -20,7 +20,7 @@ from soap_optax.state import AdamState, ShampooStackState, StackState
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 STACKS = (StackState, ShampooStackState)
-HISTORIES = 50  # For each case.
+CASES, HISTORIES = 3, 50  # In each test, and for each case.
 
 
 def parts_of(state: Any, *kinds: type) -> list[Any]:
@@ -146,6 +146,7 @@ CHECKS: tuple[Check, ...] = (
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("assert_"))
 def test_generated_cases(check: Check) -> None:
+    @hypothesis.settings(max_examples=CASES)
     @hypothesis.given(case=generated.cases(), seed=generated.SEEDS)
     def test(case: Case, seed: int) -> None:
         check(case, seed, HISTORIES)
