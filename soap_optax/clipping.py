@@ -1,6 +1,6 @@
 """The transformation `clip_by_running_norm`: a limit on gradients relative to earlier ones."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,20 @@ def clip_by_running_norm(
     .. math::
 
       \begin{align*}
-        c_t &= \min(n_t, \, r \, \frac{m_{t-1}}{1 - \beta^{t-1}}) \\
-        m_t &= \beta \, m_{t-1} + (1 - \beta) \, c_t
+        c_t &= \min(n_t, \, r \, m_{t-1}) \\
+        w_t &= \beta \, w_{t-1} + 1 - \beta \\
+        m_t &= m_{t-1} + \frac{1 - \beta}{w_t} \, (c_t - m_{t-1})
       \end{align*}
 
-    and the gradients are multiplied by :math:`c_t / n_t`. The first gradient is not clipped, and
-    gradients that are not clipped stay as they are, bit by bit. If norms grow for good, the limit
-    follows them: by a factor of :math:`\beta + (1 - \beta) r` in each step, 1.1 by default.
+    from :math:`w_0 = 0`, and the gradients are multiplied by :math:`c_t / n_t`. The mean
+    :math:`m_t` has no bias to correct. Gradients that are not clipped stay as they are, bit by bit.
+    The first gradient is never clipped: if it is too large, so is the limit for some fifty steps.
+    If norms grow for good, the limit follows them: by a factor of
+    :math:`\beta + (1 - \beta) r` in each step, 1.1 by default.
 
-    Parameters whose gradient is not finite do not count in the norm, and `soap` rejects their
-    gradients. A step in which no parameter counts does not change the state.
+    A parameter whose gradient, or its square, is not finite does not count in the norm and keeps
+    its gradient, which `soap` rejects. A step with such a parameter does not change the mean, nor
+    does one in which all gradients are zero.
 
     Example:
       >>> import jax.numpy as jnp, optax, soap_optax
@@ -64,30 +68,72 @@ def clip_by_running_norm(
     arguments.check_clipping(max_ratio=max_ratio, decay=decay)
 
     def init_fn(params: optax.Params) -> ClipByRunningNormState:
-        # As computed from the parameters, it has their mesh and the dtype of later norms.
-        mean_norm = jnp.zeros_like(_global_norm(params))
-        return ClipByRunningNormState(jnp.zeros((), jnp.int32), mean_norm)
+        # As computed from the parameters, they have their mesh, and the dtype of later norms.
+        zero = jnp.zeros_like(_norm_of(params).norm)
+        return ClipByRunningNormState(weight=zero, mean_norm=zero)
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipByRunningNormState]:
         del params
-        count, mean_norm = state.count, state.mean_norm  # pyright: ignore[reportAttributeAccessIssue]
-        norm = _global_norm(updates).astype(mean_norm.dtype)
-        beta = jnp.asarray(decay, mean_norm.dtype)
-        limit = jnp.asarray(max_ratio, mean_norm.dtype) * mean_norm
-        limit = limit / (1 - beta ** count.astype(mean_norm.dtype))
-        limit = jnp.where(count > 0, limit, jnp.inf)
-        clipped = jnp.minimum(norm, limit)
-        ratio = jnp.where(norm > limit, limit / norm, 1)
-        counts = (clipped > 0) & jnp.isfinite(clipped)
+        weight, mean = state.weight, state.mean_norm  # pyright: ignore[reportAttributeAccessIssue]
+        norm, counted, all_count = _norm_of(updates)
+        limit = (jnp.asarray(max_ratio, mean.dtype) * mean).astype(norm.dtype)
+        clips = (mean > 0) & (norm > limit)
+        # Safe denominators, so that no derivative is NaN where nothing is clipped.
+        ratio = jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1)
+        clipped = jnp.where(clips, limit, norm).astype(mean.dtype)
+        share = 1 - jnp.asarray(decay, mean.dtype)
+        new_weight = weight + share * (1 - weight)
+        new_mean = mean + share / jnp.where(new_weight > 0, new_weight, 1) * (clipped - mean)
+        is_sound = (new_mean > 0) & jnp.isfinite(new_mean) & (new_weight > 0)
+        moves = all_count & (norm > 0) & is_sound
         new_state = ClipByRunningNormState(
-            jnp.where(counts, optax.safe_increment(count), count),
-            jnp.where(counts, beta * mean_norm + (1 - beta) * clipped, mean_norm),
+            jnp.where(moves, new_weight, weight), jnp.where(moves, new_mean, mean)
         )
-        return jax.tree.map(lambda grad: _scaled(grad, ratio), updates), new_state
+        leaves, treedef = jax.tree.flatten(updates)
+        new_leaves = [
+            leaf if counts is None else _scaled(leaf, ratio, clips & counts)
+            for leaf, counts in zip(leaves, counted, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, new_leaves), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+class _Norm(NamedTuple):
+    """The norm of a tree.
+
+    Attributes:
+      norm: the norm of all leaves that count, a scalar in the dtype of the widest leaf.
+      counted: for each leaf whether it counts, a boolean scalar; None for a leaf of integers.
+      all_count: whether all leaves count, a boolean scalar.
+    """
+
+    norm: Array
+    counted: list[Array | None]
+    all_count: Array
+
+
+def _norm_of(tree: Any) -> _Norm:
+    """The norm of all leaves without those that are not finite, or whose squares are not."""
+    leaves = jax.tree.leaves(tree)
+    wide = [_widened(leaf) if _is_inexact(leaf) else None for leaf in leaves]
+    counted = [None if x is None else jnp.all(jnp.isfinite(x * jnp.conj(x))) for x in wide]
+    norms = [
+        norm_along(jnp.where(counts, leaf, 0), tuple(range(leaf.ndim))).reshape(())
+        for leaf, counts in zip(wide, counted, strict=True)
+        if leaf is not None and counts is not None and leaf.size
+    ]
+    widest = np.result_type(np.float32, *[norm.dtype for norm in norms])
+    stacked = jnp.stack([norm.astype(widest) for norm in norms] or [jnp.zeros((), widest)])
+    known = [counts for counts in counted if counts is not None]
+    all_count = jnp.all(jnp.stack(known)) if known else jnp.asarray(True)
+    return _Norm(norm_along(stacked, (0,)).reshape(()), counted, all_count)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
 
 
 def _widened(leaf: ArrayLike) -> Array:
@@ -95,18 +141,8 @@ def _widened(leaf: ArrayLike) -> Array:
     return jnp.asarray(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
 
 
-def _scaled(grad: ArrayLike, ratio: Array) -> Array:
+def _scaled(grad: ArrayLike, ratio: Array, clips: Array) -> Array:
+    """The gradient times the ratio where it is clipped, in its own dtype."""
     wide = _widened(grad)
-    return (wide * ratio.astype(wide.dtype)).astype(jnp.result_type(grad))
-
-
-def _global_norm(tree: Any) -> Array:
-    """The norm of all leaves without those that are not finite, in the dtype of the widest."""
-    leaves = [leaf for leaf in map(_widened, jax.tree.leaves(tree)) if leaf.size]
-    norms = [
-        norm_along(jnp.where(jnp.all(jnp.isfinite(leaf)), leaf, 0), tuple(range(leaf.ndim)))
-        for leaf in leaves
-    ]
-    widest = np.result_type(np.float32, *[norm.dtype for norm in norms])
-    stacked = jnp.stack([norm.reshape(()).astype(widest) for norm in norms] or [jnp.zeros(())])
-    return norm_along(stacked, (0,)).reshape(())
+    narrow = (wide * ratio.astype(wide.dtype)).astype(jnp.result_type(grad))
+    return jnp.where(clips, narrow, grad)

@@ -160,12 +160,12 @@ class ClipByRunningNormState(NamedTuple):
     """State of `clip_by_running_norm`.
 
     Attributes:
-      count: number of gradients in the mean so far, a scalar.
-      mean_norm: mean of their norms after clipping, without bias correction, a scalar. Its dtype is
-        that of the widest parameter, at least float32.
+      weight: sum of the weights of the gradients in the mean, a scalar that tends to 1.
+      mean_norm: mean of their norms after clipping, a scalar. Both have the dtype of the widest
+        parameter, at least float32.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count
+    weight: Array
     mean_norm: Array
 
 
