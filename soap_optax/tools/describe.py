@@ -20,7 +20,7 @@ from soap_optax.tools.assignment import assignment_of
 from soap_optax.transform import scale_by_soap
 
 # The arguments of `soap_adamw` alone, without `labels`.
-ONLY_OF_SOAP_ADAMW = ("adamw_learning_rate", "adamw_b1", "adamw_b2", "report")
+ONLY_OF_SOAP_ADAMW = ("adamw_learning_rate", "adamw_b1", "adamw_b2", "report", "max_norm_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
