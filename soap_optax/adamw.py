@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import blocks
+from soap_optax.linalg import widened
 
 
 def scale_by_guarded_adam(
@@ -36,7 +36,7 @@ def scale_by_guarded_adam(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype if is_narrow else None)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return adam.init(jax.tree.map(_widened, blocks.split_complex(params)))
+        return adam.init(jax.tree.map(widened, blocks.split_complex(params)))
 
     def update_fn(
         updates: optax.Updates,
@@ -46,7 +46,7 @@ def scale_by_guarded_adam(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         parts = blocks.split_complex(updates)
-        grads = jax.tree.map(_widened, parts)
+        grads = jax.tree.map(widened, parts)
         is_sound = _all_finite(grads)
         new_updates, new_state = adam.update(grads, state)
         new_updates = jax.tree.map(
@@ -59,11 +59,6 @@ def scale_by_guarded_adam(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widened(leaf: ArrayLike) -> Array:
-    # NumPy's promotion: JAX's raises in its strict mode.
-    return jnp.asarray(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
 
 
 def _all_finite(grads: optax.Updates) -> Array:

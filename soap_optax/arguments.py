@@ -10,6 +10,12 @@ from soap_optax.blocks import DEFAULT_MAX_PRECOND_DIM
 from soap_optax.devices import shard_count
 from soap_optax.stacks import RefreshOrder
 
+
+def _or_none(check: Callable[..., None], *limits: Any) -> Callable[[str, Any], None]:
+    """The check, for a value that may also be None."""
+    return lambda name, value: None if value is None else check(name, value, *limits)
+
+
 _check_dimension_numbers = partial(
     value_checks.check_tree, entries="objects with reduction_axis and output_axis"
 )
@@ -32,30 +38,22 @@ _CLIPPING_CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 _SOAP_ADAMW_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "adamw_learning_rate": lambda name, value: (
-        None if value is None else value_checks.check_learning_rate(name, value)
-    ),
+    "adamw_learning_rate": _or_none(value_checks.check_learning_rate),
     "adamw_b1": value_checks.check_decay,
     "adamw_b2": value_checks.check_decay,
     "labels": partial(value_checks.check_tree, entries="'soap' and 'adamw'"),
     "report": value_checks.check_report,
-    "max_norm_ratio": lambda name, value: (
-        None if value is None else value_checks.check_ratio(name, value)
-    ),
+    "max_norm_ratio": _or_none(value_checks.check_ratio),
 }
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "b1": value_checks.check_decay,
     "b2": value_checks.check_decay,
     "eps": value_checks.check_eps,
-    "shampoo_beta": lambda name, value: (
-        None if value is None else value_checks.check_decay(name, value)
-    ),
+    "shampoo_beta": _or_none(value_checks.check_decay),
     "precondition_frequency": value_checks.check_frequency,
-    "max_precond_dim": partial(
-        value_checks.check_optional_integer,
-        least=1,
-        way_out="for no preconditioning use optax.adamw",
+    "max_precond_dim": _or_none(
+        value_checks.check_integer, 1, "for no preconditioning use optax.adamw"
     ),
     "precondition_1d": value_checks.check_flag,
     "merge_dims": value_checks.check_flag,
@@ -63,14 +61,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "correct_bias": value_checks.check_flag,
     "first_update": partial(value_checks.check_choice, choices=get_args(FirstUpdate)),
     "mu_dtype": value_checks.check_dtype,
-    "block_size": partial(
-        value_checks.check_optional_integer, least=2, way_out="None leaves every parameter whole"
-    ),
+    "block_size": _or_none(value_checks.check_integer, 2, "None leaves every parameter whole"),
     "dimension_numbers": _check_dimension_numbers,
     "stack_sharding": value_checks.check_stack_sharding,
-    "stack_multiple": partial(
-        value_checks.check_optional_integer, least=1, way_out="1 pads nothing"
-    ),
+    "stack_multiple": _or_none(value_checks.check_integer, 1, "1 pads nothing"),
     "param_shardings": partial(value_checks.check_tree, entries="NamedSharding"),
     "refresh": partial(value_checks.check_choice, choices=get_args(RefreshMethod)),
     "refresh_tolerance": value_checks.check_tolerance,

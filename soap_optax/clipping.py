@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from soap_optax import arguments
-from soap_optax.linalg import norm_along
+from soap_optax.linalg import norm_along, widened
 from soap_optax.state import ClipByRunningNormState
 
 
@@ -118,7 +118,7 @@ class _Norm(NamedTuple):
 def _norm_of(tree: Any) -> _Norm:
     """The norm of all leaves without those that are not finite, or whose squares are not."""
     leaves = jax.tree.leaves(tree)
-    wide = [_widened(leaf) if _is_inexact(leaf) else None for leaf in leaves]
+    wide = [widened(leaf) if _is_inexact(leaf) else None for leaf in leaves]
     counted = [None if x is None else jnp.all(jnp.isfinite(x * jnp.conj(x))) for x in wide]
     norms = [
         norm_along(jnp.where(counts, leaf, 0), tuple(range(leaf.ndim))).reshape(())
@@ -136,13 +136,8 @@ def _is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
 
 
-def _widened(leaf: ArrayLike) -> Array:
-    # NumPy's promotion: JAX's raises in its strict mode.
-    return jnp.asarray(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
-
-
 def _scaled(grad: ArrayLike, ratio: Array, clips: Array) -> Array:
     """The gradient times the ratio where it is clipped, in its own dtype."""
-    wide = _widened(grad)
+    wide = widened(grad)
     narrow = (wide * ratio.astype(wide.dtype)).astype(jnp.result_type(grad))
     return jnp.where(clips, narrow, grad)

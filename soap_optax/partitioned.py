@@ -215,7 +215,8 @@ def soap_adamw(  # noqa: D417  # `scale_by_soap` documents the other arguments.
 
     def init_fn(params: optax.Params) -> optax.OptState:
         if report is not None and not blocks.is_placeholder(params):
-            options = {**make_soap.keywords, "dimension_numbers": dimension_numbers}
+            own = {"dimension_numbers": dimension_numbers, "max_norm_ratio": max_norm_ratio}
+            options = make_soap.keywords | own
             report(describe(params, labels=default_labels if labels is None else labels, **options))
         return optimizer_of(params).init(params)
 

@@ -124,12 +124,6 @@ def check_frequency(name: str, value: Any) -> None:
         )
 
 
-def check_optional_integer(name: str, value: Any, least: int, way_out: str) -> None:
-    """Raises unless `value` is None or an integer of at least `least`."""
-    if value is not None:
-        check_integer(name, value, least, way_out)
-
-
 def check_tree(name: str, value: Any, entries: str) -> None:
     """Raises if `value` cannot be a tree with entries for parameters, or a function of them."""
     if isinstance(value, (bool, str, numbers.Number)):

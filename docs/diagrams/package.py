@@ -9,8 +9,8 @@ def wings() -> Canvas:
         750,
         556,
         "The wings of the package",
-        "Imports go one way: partitioned, tools, alias, transform, hyperball and adamw, then "
-        "options, schedules and arguments, then stacks. Stacks import devices and algorithm. "
+        "Imports go one way: partitioned, tools, alias, transform, hyperball, clipping and adamw, "
+        "then options, schedules and arguments, then stacks. Stacks import devices and algorithm. "
         "Devices import blocks, algorithm imports linalg, and all may import state.",
     )
     left, right, wide, narrow = 20, 310, 560, 270

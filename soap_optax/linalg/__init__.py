@@ -15,7 +15,7 @@ from soap_optax.linalg.decoupling import (
     zero_rows,
 )
 from soap_optax.linalg.matrix_powers import inverse_power
-from soap_optax.linalg.norms import norm_along, norm_of_scaled, scaled_along
+from soap_optax.linalg.norms import norm_along, norm_of_scaled, scaled_along, widened
 from soap_optax.linalg.orthonormality import (
     departure_from_orthonormality,
     frobenius_norm,
@@ -53,6 +53,7 @@ __all__ = [
     "rayleigh_quotients",
     "scaled_along",
     "unfolded",
+    "widened",
     "with_unit_vectors",
     "zero_rows",
 ]

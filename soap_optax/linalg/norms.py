@@ -1,7 +1,9 @@
 """Frobenius norms of many matrices of one array; no square overflows or underflows."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 
 def norm_along(array: Array, axes: tuple[int, ...]) -> Array:
@@ -26,3 +28,9 @@ def norm_of_scaled(array: Array, axes: tuple[int, ...]) -> Array:
     square = jnp.sum(jnp.real(array * jnp.conj(array)), axis=axes, keepdims=True)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def widened(array: ArrayLike) -> Array:
+    """The array in float32 or wider, in which its square is computed."""
+    # NumPy's promotion: JAX's raises in its strict mode.
+    return jnp.asarray(array, np.promote_types(jnp.result_type(array), np.float32))

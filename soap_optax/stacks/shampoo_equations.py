@@ -145,7 +145,7 @@ class ShampooEquations:
         """See `Equations`."""
         beta = hyper.shampoo_beta
         rotated = factors.rotations(grad, state, axes, hyper.precision)
-        applied = accepted & (state.accepted_gradients > 0) & (state.refreshes > 0)
+        applied = accepted & (state.refreshes > 0)  # The first refresh needs an earlier gradient.
         eigenvalues = factors.average_eigenvalues(applied, state, rotated, axes, beta)
         updated = state._replace(eigenvalues=eigenvalues)
         update, new = algorithm.shampoo_step_block(grad, accepted, updated, axes, hyper)

@@ -13,6 +13,7 @@ import numpy as np
 from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.alias import soap
 from soap_optax.blocks import BlockOptions, Plan, plan_of, split_complex
+from soap_optax.clipping import clip_by_running_norm
 from soap_optax.shampoo_alias import shampoo
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.state import AdamState, AnyStackState, PreconditionerState
@@ -140,6 +141,8 @@ def describe(
     soap_only = _described(assignment.of_soap(params), soap, known)
     adam = scale_by_guarded_adam(0.9, 0.95, 1e-8, known["mu_dtype"])
     count_bytes = _bytes(jax.eval_shape(adam.init, {}))
+    has_limit = known.get("max_norm_ratio") is not None
+    limit_bytes = _bytes(jax.eval_shape(clip_by_running_norm().init, params)) if has_limit else 0
     soap_rows = iter(soap_only.rows)
     rows = []
     labels_of_parts = jax.tree.map(
@@ -155,7 +158,7 @@ def describe(
             state_bytes = _bytes(jax.eval_shape(adam.init, leaf)) - count_bytes
             row = ParameterDescription(*_identity(path, leaf), "AdamW", (), state_bytes, label)
             rows.append(row)
-    return Description(tuple(rows), soap_only.shared_bytes + count_bytes)
+    return Description(tuple(rows), soap_only.shared_bytes + count_bytes + limit_bytes)
 
 
 # The transformation of each optimizer, which has the state.

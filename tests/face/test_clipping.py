@@ -65,6 +65,10 @@ def test_a_parameter_that_soap_rejects_does_not_count_and_keeps_its_gradient(bad
         np.testing.assert_array_equal(updates[name], update)
         assert np.all(np.abs(update) < np.abs(grads[name]))
     np.testing.assert_array_equal(updates["kernel"], broken["kernel"])
+    soap = soap_optax.scale_by_soap()
+    _, of_soap = soap.update(updates, soap.init(grads))
+    [stack] = optax.tree.get(of_soap, "stacks").values()
+    assert stack.rejected_gradients.tolist() == [1]
     jax.tree.map(np.testing.assert_array_equal, after, state)  # Not the mean of the others alone.
 
 
@@ -122,11 +126,19 @@ def test_derivatives_are_finite_and_no_step_divides_zero_by_zero() -> None:
     np.testing.assert_allclose(jax.grad(sum_after)(jnp.float32(1e3), jnp.ones(3)), 0, atol=1e-5)
 
 
-def test_signs_of_zeros_and_subnormal_numbers_stay() -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([complex(-0.0, -0.0), complex(0.0, -0.0), complex(1.0, -0.0)], np.complex64),
+        np.array([1.0, 1e-39, -0.0], np.float32),
+        np.array([1.0, 1e-39, -0.0], jnp.bfloat16),
+    ],
+    ids=["complex", "float32", "bfloat16"],
+)
+def test_signs_of_zeros_and_subnormal_numbers_stay(values: np.ndarray) -> None:
     clip: Any = soap_optax.clip_by_running_norm()
-    zeros = np.array([complex(-0.0, -0.0), complex(0.0, -0.0), complex(1.0, -0.0)], np.complex64)
-    updates, _ = clip.update(jnp.asarray(zeros), clip.init(jnp.asarray(zeros)))
-    assert np.asarray(updates).tobytes() == zeros.tobytes()
+    updates, _ = clip.update(jnp.asarray(values), clip.init(jnp.asarray(values)))
+    assert np.asarray(updates).tobytes() == values.tobytes()
 
 
 def test_it_scans_within_shard_map() -> None:

@@ -126,7 +126,8 @@ MAKERS: dict[Callable[..., optax.GradientTransformation], dict[str, st.SearchStr
     soap: BOTH | MERGING | ONLY_SOAP,
     shampoo: BOTH | MERGING | ONLY_SHAMPOO,
     soap_adamw: {name: BOTH[name] for name in BOTH if name not in ("precondition_1d", "b1", "b2")}
-    | ONLY_SOAP,
+    | ONLY_SOAP
+    | {"max_norm_ratio": st.sampled_from([None, 3.0])},
     soap_hyperball: BOTH | MERGING | ONLY_SOAP,
 }
 

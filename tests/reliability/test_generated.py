@@ -114,7 +114,9 @@ def assert_any_history_leaves_a_sound_state(case: Case, seed: int, histories: in
 
 
 def groups_of(case: Case) -> list[Any]:
-    """For each leaf what it shares rejections with: itself, or all AdamW leaves of `soap_adamw`."""
+    """For each leaf what it shares rejections or a limit with: itself, AdamW's leaves, or all."""
+    if case.options.get("max_norm_ratio") is not None:
+        return ["all" for _ in jax.tree.leaves(case.shapes)]
     labels = jax.tree.leaves(soap_optax.default_labels(case.params))
     is_soap_adamw = case.make is generated.soap_adamw
     return ["adamw" if is_soap_adamw and label == "adamw" else i for i, label in enumerate(labels)]

@@ -88,6 +88,17 @@ def test_the_total_is_exactly_what_init_allocates(options: dict[str, Any]) -> No
         assert describe(params, **options).state_bytes == allocated
 
 
+def test_the_total_has_the_state_of_the_limit_on_norms() -> None:
+    params, labels = arrays_of(TREES["transformer"]), soap_optax.default_labels
+    reports: list[Description] = []
+    optimizer = soap_optax.soap_adamw(1e-2, max_norm_ratio=3.0, report=reports.append)
+    state = optimizer.init(params)
+    allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    described = describe(params, labels=labels, max_norm_ratio=3.0)
+    assert described.state_bytes == allocated
+    assert reports[0].state_bytes == allocated
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_row_has_the_bytes_that_its_parameter_would_take_alone(
