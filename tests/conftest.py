@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import functools
 import gc
+import pathlib
 import resource
 import sys
 import tempfile
@@ -96,7 +97,7 @@ def pytest_configure(config: pytest.Config) -> None:
         start_jax()
 
 
-for _profile, _examples in (("short", 3), ("long", 10)):
+for _profile, _examples in (("short", 2), ("long", 10)):
     hypothesis.settings.register_profile(
         _profile,
         # The first example compiles and the others do not, so no deadline suits both.
@@ -115,6 +116,12 @@ for _profile, _examples in (("short", 3), ("long", 10)):
             hypothesis.HealthCheck.too_slow,
         ],
     )
+
+
+@pytest.fixture(scope="session")
+def compiled() -> pathlib.Path:
+    """The directory of compiled programs, for processes that a test starts."""
+    return pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture

@@ -129,6 +129,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "steps", "batches"),
     mostly_long(CASES, ["qr, 10 steps, batches"]),

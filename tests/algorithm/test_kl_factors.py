@@ -422,6 +422,7 @@ def test_blocks_of_many_axes_accept_gradients_after_a_long_time_without(
     assert next(iter(state.stacks.values())).rejected_gradients.tolist() == [0]
 
 
+@pytest.mark.long
 def test_narrow_storage_follows_the_wide_one() -> None:
     grads = gradients((6, 4), steps=20)
     wide, _ = library_run(grads.astype(np.float32), precondition_frequency=4)

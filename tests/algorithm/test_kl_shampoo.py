@@ -82,6 +82,7 @@ OPTIONS: dict[str, tuple[reference.Shape, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", mostly_long(OPTIONS, ["three axes, all options"]))
 def test_kl_shampoo_equals_the_reference_with_every_option(name: str) -> None:
@@ -181,6 +182,7 @@ def test_the_state_has_bases_and_estimates_in_place_of_roots() -> None:
     assert described.state_bytes - plain.state_bytes == 4 * (4 + 3 + 3)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 def test_with_grafting_the_norm_is_that_of_plain_shampoo() -> None:
     grads = gradients((6, 5), steps=8)
@@ -198,6 +200,7 @@ def test_with_grafting_the_norm_is_that_of_plain_shampoo() -> None:
 NARROW = {"preconditioner_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16, "fold_factors": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", mostly_long(["plain", "narrow", "after"], ["narrow"]))
 def test_null_rows_rejected_gradients_and_refreshes(name: str) -> None:
     options: dict[str, Any] = {

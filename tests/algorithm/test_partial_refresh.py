@@ -57,6 +57,7 @@ def test_a_partial_refresh_rotates_its_columns_and_leaves_the_others_alone(numbe
     np.testing.assert_allclose(rotated @ new.basis.T, mu @ basis.T, atol=ROUNDING)
 
 
+@pytest.mark.long
 def test_partial_refreshes_find_the_eigenvectors_of_a_still_factor() -> None:
     vectors = random_basis(40)
     factor = factor_of(vectors, 2.0 ** -np.linspace(0, 6, 40))

@@ -227,6 +227,7 @@ def test_factors_without_full_rank_are_refreshed_all_the_same(method: str) -> No
     assert np.isfinite(updates).all()
 
 
+@pytest.mark.long
 # On CPUs, the maxima of optimized programs ignore NaN.
 @pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("method", mostly_long(METHODS, ["cholesky_qr"]))

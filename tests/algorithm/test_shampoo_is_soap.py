@@ -104,6 +104,7 @@ def test_the_eigenvalues_of_the_factors_are_the_sums_of_the_rotated_squares() ->
     np.testing.assert_allclose(squares.sum(axis=0), right_values, rtol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exponent", mostly_long([0.25, 0.4], [0.4]))
 def test_other_exponents_are_another_method(exponent: float) -> None:
     """The claim needs the exponent: with others, the two updates are not parallel."""

@@ -82,6 +82,7 @@ def _plain_step() -> Callable[..., Any]:
     return step
 
 
+@pytest.mark.long
 def test_large_leaves_without_a_preconditioner_have_vectors_of_their_own_and_are_adam() -> None:
     rng = np.random.default_rng(4)
     shapes = {"a": (300, 300), "b": (300, 300), "c": (3,), "d": (256, 257)}

@@ -21,6 +21,7 @@ def row_without_gradients() -> np.ndarray:
     return np.asarray(updates)[::3]
 
 
+@pytest.mark.long
 def test_without_the_rules_rows_without_gradients_move() -> None:
     with null_directions.without_rules():
         assert np.any(row_without_gradients() != 0)

@@ -45,6 +45,7 @@ def second_moments(state: Any) -> list[np.ndarray]:
     return [np.sort(np.asarray(part.nu), axis=None) for part in parts]  # A refresh permutes them.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen_nu", [False, True])
 def test_without_a_defect_and_with_a_refresh_in_every_call_it_is_soap(frozen_nu: bool) -> None:
     found = run(old_port(frequency=1, frozen_nu=frozen_nu))

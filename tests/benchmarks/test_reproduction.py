@@ -55,6 +55,7 @@ def test_the_pictures_of_the_page_are_there() -> None:
         assert (reproduction.IMAGES / name).exists(), f"run {reproduction.__file__}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "study",
     [pytest.param(s, marks=[pytest.mark.long] * (s != "steps-to-loss")) for s in plans.STUDIES],

@@ -52,6 +52,7 @@ def test_the_floor_has_the_blocks_of_soap(name: str) -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("name", mostly_long(["tiny", "gpt2", "resnet50"], ["tiny"]))
 def test_every_optimizer_takes_every_model(name: str) -> None:

@@ -85,6 +85,7 @@ def run(update: Any, state: Any, grads: list[Any]) -> tuple[list[Any], Any]:
 # The meaning --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")  # For Optax's wrapper.
 @pytest.mark.parametrize("name", mostly_long(OPTIONS, ["dimension_numbers"]))
 def test_updates_equal_those_of_optaxs_wrapper_around_soap(name: str) -> None:
@@ -294,6 +295,7 @@ def test_describe_has_a_row_for_each_part_and_exact_bytes() -> None:
         assert description.state_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+@pytest.mark.long
 def test_labels_diagnostics_and_checkpoints_take_complex_models() -> None:
     params = {"dense": {"kernel": draw(0)["tensor"], "bias": draw(0)["phases"]}}
     labels = soap_optax.default_labels(params)

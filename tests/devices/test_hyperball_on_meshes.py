@@ -129,6 +129,7 @@ def test_only_norms_are_communicated(kind: AxisType) -> None:
     assert max(numbers) <= 3
 
 
+@pytest.mark.long
 def test_norms_of_batch_axes_are_sharded_as_they_are() -> None:
     mesh = mesh_of("4x2", EXPLICIT)
     with jax.set_mesh(mesh):

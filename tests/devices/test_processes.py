@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIMIT_IN_SECONDS = 500
-STEPS = 24
+STEPS = 16
 
 # Only axes of length 16 are preconditioned. Every first gradient has full rank along them, so that
 # rounding does not decide the first basis.
@@ -95,11 +95,6 @@ def losses_in(out: Path) -> np.ndarray:
             for row in csv.DictReader(file)
         ]
     return np.asarray(rows)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")

@@ -352,6 +352,7 @@ ANY_MESH = [
 ]
 
 
+@pytest.mark.long
 # Some tiles of length 6 have fewer slices than there are devices.
 @pytest.mark.parametrize("block_size", mostly_long([None, 6], short=[6]))
 @pytest.mark.parametrize(

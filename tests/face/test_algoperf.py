@@ -123,6 +123,7 @@ def test_the_step_compiles_once(trained: Run) -> None:
     assert train_step._cache_size() == 1
 
 
+@pytest.mark.long
 def test_eight_devices_take_the_steps_of_one_device(
     trained: Run, submission: ModuleType, calls: list[dict[str, Any]]
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_search_ends_with_worse_rates_on_both_sides_or_seven(
     assert 0 < place < rates - 1 or rates == example.MOST_RATES
 
 
+@pytest.mark.long
 def test_a_comparison_writes_its_rows_a_table_and_a_picture(
     example: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_every_optimizer_lowers_the_loss(
     assert losses[1] < losses[0]
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_is_not_in_the_table(
     example: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -381,6 +381,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "quick", TINY)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny")
 def test_runs_are_written_skipped_and_continued(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

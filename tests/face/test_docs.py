@@ -74,10 +74,10 @@ def test_there_are_pages_with_python() -> None:
 LONG_PAGES = [
     f"docs/{page}.md"
     for page in (
-        *("explanation/numerics", "explanation/shampoo", "how-to/choose-a-refresh"),
-        *("how-to/diagnostics", "how-to/flax", "how-to/keep-norms"),
-        *("how-to/keep-updates-in-bounds", "how-to/levanter", "how-to/pods", "how-to/shampoo"),
-        "how-to/wrap",
+        *("explanation/numerics", "explanation/planning", "explanation/shampoo", "how-to/chain"),
+        *("how-to/choose-a-refresh", "how-to/diagnostics", "how-to/flax", "how-to/keep-norms"),
+        *("how-to/keep-updates-in-bounds", "how-to/kl-factors", "how-to/levanter", "how-to/pods"),
+        *("how-to/shampoo", "how-to/tune", "how-to/wrap"),
     )
 ]
 

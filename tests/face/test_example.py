@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """The folder of results, standard output and standard error of a run of both optimizers."""
     out = tmp_path_factory.mktemp("out") / "made" / "here"
-    process = start("--steps", STEPS, "--data", folder, "--out", out)
+    arguments = ("--steps", STEPS, "--data", folder, "--out", out, "--checkpoint-every", "5")
+    process = start(*arguments)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return out, stdout, stderr
@@ -256,37 +258,6 @@ def test_an_interrupt_leaves_what_was_measured(folder: Path, tmp_path: Path):
     assert is_png(tmp_path / "loss.png")
 
 
-@pytest.mark.long
-def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written(
-    both: tuple[Path, str, str], folder: Path, tmp_path: Path
-):
-    arguments = ("--steps", STEPS, "--data", folder, "--out", tmp_path, "--checkpoint-every", "5")
-    whole = start("--optimizer", "soap", *arguments)
-    whole.communicate()
-    assert whole.returncode == 0
-    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
-    scalars = (tmp_path / "diagnostics.csv").read_text()
-    (tmp_path / "checkpoints" / "soap" / str(STEPS)).rename(tmp_path / "lost")
-    process = start("--optimizer", "soap", *arguments, "--resume")
-    stdout, _ = process.communicate()
-    assert process.returncode == 0
-    assert "SOAP: going on from the checkpoint of step 10" in stdout
-    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
-    assert (tmp_path / "diagnostics.csv").read_text() == scalars
-
-    for flags, message in {
-        (): r"checkpoints/soap holds a checkpoint of step 12; go on from it with --resume",
-        ("--resume", "--seed", "1"): r"the checkpoint of SOAP was written with --seed 0, not 1",
-        ("--resume", "--data", folder / "b.txt"): r"written with another text: .* --data",
-    }.items():
-        process = start("--optimizer", "soap", *arguments, *flags)
-        _, stderr = process.communicate()
-        assert process.returncode == 2
-        # A thread of Orbax that removes old folders may add that the exit interrupted it.
-        assert re.search(rf"^pretrain_lm\.py: error: .*{message}.*\n", stderr)
-    assert losses_of(rows_of(tmp_path), "soap") == losses_of(rows_of(both[0]), "soap")
-
-
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     """The example as a module, so that tests of mistakes do not import JAX again."""
@@ -295,6 +266,38 @@ def example() -> ModuleType:
         patch.setenv("OPENBLAS_NUM_THREADS", "1")  # the example sets it; the patch restores it
         patch.syspath_prepend(str(ROOT / "examples"))
         return importlib.import_module("pretrain_lm")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written(
+    both: tuple[Path, str, str],
+    folder: Path,
+    tmp_path: Path,
+    example: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+):
+    losses = losses_of(rows_of(both[0]), "soap")
+    out = shutil.copytree(both[0], tmp_path / "out")
+    shutil.rmtree(out / "checkpoints" / "soap" / str(STEPS))
+    arguments = ("--optimizer", "soap", "--steps", STEPS, "--data", folder, "--out", out)
+    arguments += ("--checkpoint-every", "5")
+    process = start(*arguments, "--resume")
+    stdout, _ = process.communicate()
+    assert process.returncode == 0
+    assert "SOAP: going on from the checkpoint of step 10" in stdout
+    assert losses_of(rows_of(out), "soap") == losses
+    assert (out / "diagnostics.csv").read_text() == (both[0] / "diagnostics.csv").read_text()
+
+    for flags, message in {
+        (): r"checkpoints/soap holds a checkpoint of step 12; go on from it with --resume",
+        ("--resume", "--seed", "1"): r"the checkpoint of SOAP was written with --seed 0, not 1",
+        ("--resume", "--data", folder / "b.txt"): r"written with another text: .* --data",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            example.main([*TINY, *map(str, arguments), *map(str, flags)])
+        assert stop.value.code == 2
+        assert re.search(rf"^\S+: error: .*{message}.*\n", capsys.readouterr().err)
+    assert losses_of(rows_of(out), "soap") == losses
 
 
 JOB = ["--coordinator", "localhost:1", "--processes", "2"]
@@ -361,6 +364,7 @@ def test_a_mistake_in_the_shell_ends_with_code_2_and_no_traceback(tmp_path: Path
     assert re.fullmatch(r"pretrain_lm\.py: error: argument --width: .*\n", stderr)
 
 
+@pytest.mark.long
 def test_processes_that_cannot_be_joined_get_one_line(folder: Path, tmp_path: Path):
     process = start("--distributed", "--data", folder, "--out", tmp_path / "out")
     _, stderr = process.communicate()

@@ -6,7 +6,8 @@ an uninterrupted one bit by bit:
 - gradients of one layer that are not a number, infinite, 1000 times too large, or so large that
   their squares overflow;
 - refreshes that fail, for every method and for Shampoo's roots, by what the bits of the factor say;
-- another learning rate and another refresh frequency every thousand steps.
+- another learning rate and another refresh frequency every thousand steps, or in the second half of
+  a shorter run.
 
 `drive` adds faults from outside: it kills the process in a step or while a checkpoint is written,
 truncates a file of the newest checkpoint, lets writes fail as on a full disk, and starts again with
@@ -87,7 +88,7 @@ def plan_of(step: int, settings: "Settings") -> Plan:
     factors = np.ones(layers, np.float32)
     rate, frequency = 3e-3, 4
     if settings.faults:
-        changes = np.random.default_rng([settings.seed, 1, step // 1000])
+        changes = np.random.default_rng([settings.seed, 1, step // min(1000, settings.steps // 2)])
         rate, frequency = rate * changes.uniform(0.5, 2), changes.integers(1, 12)
         if step < (1 - QUIET_END) * settings.steps:
             rng = np.random.default_rng([settings.seed, 2, step])

@@ -9,7 +9,7 @@ from helpers.faulty_run import KILLS, Settings
 
 pytestmark = pytest.mark.long
 
-STEPS = 1000
+STEPS = 500
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def settings(directory: pathlib.Path) -> Settings:
-    return Settings(STEPS, 50, seed=0, faults=True, compiled=directory / "compiled")
+def settings(compiled: pathlib.Path) -> Settings:
+    return Settings(STEPS, 50, seed=0, faults=True, compiled=compiled)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,6 @@ def test_a_run_goes_on_from_an_older_checkpoint_if_the_newest_is_damaged(
 def test_a_run_goes_on_with_other_numbers_of_devices(
     directory: pathlib.Path, settings: Settings, uninterrupted: faulty_run.Report
 ) -> None:
-    report = faulty_run.drive(directory / "devices", settings, kills=2, devices=(1, 2, 4))
+    report = faulty_run.drive(directory / "devices", settings, kills=1, devices=(2, 4))
     # Sums over a batch on several devices have other roundings, and so may reject other refreshes.
     assert report.end.loss == pytest.approx(uninterrupted.end.loss, rel=0.05)

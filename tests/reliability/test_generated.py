@@ -20,7 +20,7 @@ from soap_optax.state import AdamState, ShampooStackState, StackState
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 STACKS = (StackState, ShampooStackState)
-CASES, HISTORIES = 3, 50  # In each test, and for each case.
+CASES, HISTORIES = 2, 75  # In each test, and for each case.
 # A product below float32's smallest normal number may be flushed to zero in one triangle and not in
 # the other. This allows for 16 of them in an entry, and matters where all entries are below 1e-32.
 UNDERFLOW = 16 * np.finfo(np.float32).tiny

@@ -69,6 +69,7 @@ def test_a_block_whose_basis_is_near_enough_is_skipped_and_another_is_not() -> N
     assert state.stacks["5x3"].refreshes.tolist() == [5]
 
 
+@pytest.mark.long
 def test_neighbouring_dimensions_are_merged_and_cut_as_documented() -> None:
     optimizer = soap_optax.scale_by_soap(merge_dims=True, max_precond_dim=1024)
     state: Any = optimizer.init(jnp.zeros((1, 2, 512, 1, 2048, 1, 3, 4)))
@@ -222,6 +223,7 @@ def test_the_off_diagonal_mass_of_a_still_factor_falls_at_every_refresh(
     assert masses[-1] < 0.3 * masses[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", mostly_long(FULL, ["qr", "jacobi"]))
 def test_a_relabelled_basis_makes_the_same_updates_while_eigenvalues_cross(method: Any) -> None:
     """The rows' scales swap their order, so that the columns of the left basis do, too."""

@@ -202,6 +202,7 @@ def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() ->
         assert in_a_step[start : start + 6].sum() == 24
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize(
     "schedule",

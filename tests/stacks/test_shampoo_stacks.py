@@ -55,6 +55,7 @@ def with_factor(state: Any, block: int, factor: Any) -> Any:
     return state._replace(stacks={NAME: stack._replace(factors=factors)})
 
 
+@pytest.mark.long
 def test_refreshes_are_due_as_with_soap() -> None:
     shampoo, soap = run(9), soap_optax.scale_by_soap(precondition_frequency=FREQUENCY)
     update, state = jax.jit(soap.update), soap.init(gradients()[0])
@@ -177,6 +178,7 @@ def test_eigenvalues_below_rounding_are_raised_to_it() -> None:
     np.testing.assert_allclose(found.root, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_direction_that_overflows_gives_a_zero_update() -> None:
     options = {"exponent": 1.0, "eps": 1e-30, "grafting": None, "correct_bias": False}
     optimizer = soap_optax.scale_by_shampoo(**options)
@@ -257,6 +259,7 @@ STORED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", mostly_long(STORED, ["all"]))
 def test_storage_changes_updates_by_its_rounding_only(name: str) -> None:
     options = STORED[name]

@@ -280,6 +280,7 @@ def conditional_branches(line: str) -> list[str]:
 # `vmap`.
 
 
+@pytest.mark.long
 def test_vmap_over_seeds_equals_separate_runs() -> None:
     seeds = [0, 1, 2]
     grads = [draw(seed) for seed in seeds]
