@@ -181,13 +181,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="module")
 def empty_caches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Frees the compiled programs of a test file after its last test."""
+    """Frees the compiled programs of a test file after its last test, if memory needs it.
+
+    Clearing JAX's caches takes half a second, and the next file traces all operations again.
+    """
     yield
     for value in vars(request.module).values():
         if isinstance(value, functools._lru_cache_wrapper):  # Functions under `functools.cache`.
             value.cache_clear()
-    jax.clear_caches()
-    gc.collect()
+    if resident_memory() > MEMORY_TO_CLEAR:
+        jax.clear_caches()
+        gc.collect()
+
+
+MEMORY_TO_CLEAR = 1.0  # In GB; a worker may hold 2.
+
+
+def resident_memory() -> float:
+    """The memory that this process holds in GB; on systems without procfs the peak so far."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory()
+    return pages * resource.getpagesize() / 1e9
 
 
 PEAKS: dict[str, float] = {}  # Peak resident memory in GB, by the name of the process.
