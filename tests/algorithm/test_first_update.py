@@ -175,6 +175,7 @@ def test_options_that_change_no_equation_change_no_later_update(name: str) -> No
 # Against the reference of KL factors --------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("shape", "options"),

@@ -31,6 +31,7 @@ def test_partial_refreshes_meet_every_pair_of_columns(d: int) -> None:
     assert met.all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", mostly_long([3, 28 * 4 + 20], [28 * 4 + 20]))
 def test_a_partial_refresh_rotates_its_columns_and_leaves_the_others_alone(number: int) -> None:
     d = 43

@@ -69,6 +69,7 @@ def test_factored_is_the_dense_second_moment_where_squares_have_rank_one(shape: 
     np.testing.assert_allclose(updates, wanted, rtol=0, atol=10 * ROUNDING)
 
 
+@pytest.mark.long
 def test_factored_is_another_second_moment_where_squares_have_full_rank() -> None:
     grads = np.random.default_rng(1).normal(size=(6, 6, 4)).astype(np.float32)
     updates, stack = run(grads, factored=True)

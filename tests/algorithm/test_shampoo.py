@@ -204,6 +204,7 @@ def test_the_default_exponent_makes_the_singular_values_of_one_gradient_equal() 
     np.testing.assert_allclose(one_shot(wide, one_sided=True), left @ right, atol=1e-11)
 
 
+@pytest.mark.long
 def test_the_default_exponent_depends_on_the_number_of_preconditioned_axes() -> None:
     grad = np.random.default_rng(2).normal(size=(3, 4, 5))
     for options, exponent in [({}, 1 / 6), ({"max_precond_dim": 4}, 1 / 4)]:

@@ -79,6 +79,7 @@ def test_a_frozen_second_moment_still_contains_the_gradient_of_its_step() -> Non
     assert not np.array_equal(found[3][0]["kernel"], expected[3][0]["kernel"])
 
 
+@pytest.mark.long
 def test_a_counted_first_call_shortens_the_first_update_to_0716() -> None:
     found, expected = run(old_port(counted_first_call=True)), run(old_port())
     for calls, ((updates, _), (others, _)) in enumerate(

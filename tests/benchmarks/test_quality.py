@@ -265,6 +265,7 @@ def test_runs_in_the_file_are_not_trained_again(
     assert output_of(*piece, "--out", str(run[0])).partition("###")[2] == table
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -66,6 +66,7 @@ def test_every_optimizer_takes_every_model(name: str) -> None:
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", mostly_long(["soap", "textbook", "shampoo", "kl_shampoo"], ["soap"])
 )

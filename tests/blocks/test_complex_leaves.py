@@ -146,6 +146,7 @@ def test_conjugate_gradients_get_conjugate_updates_and_turned_ones_turned() -> N
     np.testing.assert_allclose(turned, 1j * plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_part_that_is_not_finite_is_rejected_alone() -> None:
     grads = draw(0)
     bad = grads | {"tensor": grads["tensor"].at[0, 0, 0].set(complex(np.nan, 1.0))}

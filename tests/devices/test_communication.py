@@ -167,7 +167,6 @@ MATRICES: list[tuple[str, Matrices, list[Axes]]] = [
 # One case for matrices that are blocks, and one for tiles: the others are other ways to the same.
 SHORT = {
     "blocks-4x2-auto-(x,y)",
-    "blocks-4x2-explicit-(y,x)",
     "tiles-4x2-auto-(None,x)",
 }
 
@@ -319,7 +318,6 @@ OTHERS: list[tuple[str, Callable[[Sequence[str]], Trees], Limit, dict[str, Any],
 SHORT |= {
     "layers-4x2-auto-3x(x,y)-specified",
     "one_block-4x2-auto-(None,y)",
-    "large_leaf-4x2-auto-(y,x)-specified",
     "two_shardings-4x2-auto-(x,y)_(y,x)-specified",
 }
 

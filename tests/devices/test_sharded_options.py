@@ -148,6 +148,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "kind", "specified"), mostly_long(CASES, short=["tiles_of_layers-specified"])
 )

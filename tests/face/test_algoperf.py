@@ -77,6 +77,7 @@ def test_functions_have_the_arguments_of_the_interface(submission: ModuleType, n
     )
 
 
+@pytest.mark.long
 def test_the_loss_falls(trained: Run) -> None:
     assert [step for step, _ in trained.eval_results] == [STEPS // 2, STEPS]
     # Eight classes: a guess has the loss log(8) = 2.08, and 1 of 8 guesses is right.
@@ -84,11 +85,13 @@ def test_the_loss_falls(trained: Run) -> None:
     assert trained.eval_results[-1][1]["accuracy"] > 0.5
 
 
+@pytest.mark.long
 def test_loss_and_gradient_norm_are_logged_in_every_hundredth_step(trained: Run) -> None:
     assert [step for step, _ in trained.logged] == [0, 100]
     assert all(set(row) == {"loss", "grad_norm"} for _, row in trained.logged)
 
 
+@pytest.mark.long
 def test_matrices_get_soap_and_vectors_get_adamw(trained: Run) -> None:
     state, _ = trained.optimizer_state
     # The kernels of the convolution and the classifier, as two blocks, padded to all devices.
@@ -108,6 +111,7 @@ def test_only_matrices_decay(submission: ModuleType) -> None:
     assert submission.is_decayed(params) == decayed
 
 
+@pytest.mark.long
 def test_each_device_has_its_own_blocks_and_a_copy_of_everything_else(trained: Run) -> None:
     state, _ = trained.optimizer_state
     stack = optax.tree.get(state, "stacks")["8x8"]
@@ -118,6 +122,7 @@ def test_each_device_has_its_own_blocks_and_a_copy_of_everything_else(trained: R
         assert leaf.sharding.is_fully_replicated
 
 
+@pytest.mark.long
 def test_the_step_compiles_once(trained: Run) -> None:
     _, train_step = trained.optimizer_state
     assert train_step._cache_size() == 1

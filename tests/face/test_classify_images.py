@@ -50,6 +50,7 @@ def test_the_parts_of_a_data_set_are_disjoint_and_hold_all_classes(
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
+@pytest.mark.long
 def test_signals_are_the_same_on_every_machine_and_differ_by_seed(datasets: Any) -> None:
     first, again, other = datasets.signals(), datasets.signals(), datasets.signals(7)
     np.testing.assert_array_equal(first.test.inputs, again.test.inputs)

@@ -182,6 +182,7 @@ CONTAINERS: dict[str, Callable[[Tree], Tree]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hold", mostly_long(named(CONTAINERS), ["nnx.State"]))
 def test_any_container_gets_the_updates_of_the_plain_dict(hold: Callable[[Tree], Tree]) -> None:
     params, grads = given()

@@ -68,7 +68,7 @@ SHAPES = {
     "kl of three axes": (6, 24, 8),
     "merged": (2, 24, 16),
 }
-SHORT = ("defaults", "jacobi", "partial after", "tiles", "kl")
+SHORT = ("defaults", "jacobi", "tiles", "kl")
 
 
 def dead(shape: tuple[int, ...]) -> np.ndarray:

@@ -88,6 +88,7 @@ def test_the_total_is_exactly_what_init_allocates(options: dict[str, Any]) -> No
         assert describe(params, **options).state_bytes == allocated
 
 
+@pytest.mark.long
 def test_the_total_has_the_state_of_the_limit_on_norms() -> None:
     params, labels = arrays_of(TREES["transformer"]), soap_optax.default_labels
     reports: list[Description] = []
