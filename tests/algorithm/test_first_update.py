@@ -246,6 +246,7 @@ def test_blocks_whose_first_gradient_comes_later_start_then() -> None:
     assert np.abs(together["a"] - together["b"]).max() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factored", mostly_long([False, True], [True]))
 def test_if_the_first_bases_are_rejected_the_first_update_is_adams(factored: bool) -> None:
     grad = GRADS["w"]

@@ -352,6 +352,7 @@ def test_derivatives_through_updates_agree_with_central_differences(name: str) -
     np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(at), expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_the_norm_neither_overflows_nor_underflows_and_has_a_derivative_at_zero() -> None:
     for size in (1e-300, 1.0, 1e300):
         np.testing.assert_allclose(frobenius_norm(jnp.full((3, 3), size)), 3 * size, rtol=1e-14)

@@ -56,6 +56,7 @@ def test_without_a_defect_and_with_a_refresh_in_every_call_it_is_soap(frozen_nu:
             np.testing.assert_allclose(update, others[name], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.long
 def test_a_frozen_second_moment_moves_in_every_second_call_only() -> None:
     states = [state for _, state in run(old_port(frozen_nu=True))]
     moments = [second_moments(state) for state in states]

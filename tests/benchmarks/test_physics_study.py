@@ -91,6 +91,7 @@ def test_the_contenders_are_trained_for_real(tmp_path: Path) -> None:
     assert {spec.setup.optimizer for spec in records} == {"old-port"}
 
 
+@pytest.mark.long
 def test_new_runs_change_the_page_and_draw(tmp_path: Path) -> None:
     contenders = ("adam", "soap-2-qr", "old-port")
     data = tmp_path / "data"

@@ -284,6 +284,7 @@ def test_a_mistake_is_found_before_anything_is_trained(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_file_of_something_else_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

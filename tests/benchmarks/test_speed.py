@@ -92,6 +92,7 @@ def bases_of(state: object) -> np.ndarray:
     return np.array(basis)  # A copy: the state is donated.
 
 
+@pytest.mark.long
 def test_a_plain_step_that_refreshes_is_an_error() -> None:
     contender = contenders.soap(ONE_MATRIX)
     draw = measure.gradients_of(shapes.params_of(ONE_MATRIX))

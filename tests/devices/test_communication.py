@@ -317,7 +317,6 @@ OTHERS: list[tuple[str, Callable[[Sequence[str]], Trees], Limit, dict[str, Any],
 ]
 SHORT |= {
     "layers-4x2-auto-3x(x,y)-specified",
-    "one_block-4x2-auto-(None,y)",
     "two_shardings-4x2-auto-(x,y)_(y,x)-specified",
 }
 

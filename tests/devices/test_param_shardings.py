@@ -37,7 +37,9 @@ def program_with(hint: Any) -> str:
     "hint",
     [
         {"layers": ROWS, "bias": ROWS},
-        {"layers": {"query": ROWS, "out": ROWS}, "bias": ROWS},
+        pytest.param(
+            {"layers": {"query": ROWS, "out": ROWS}, "bias": ROWS}, marks=pytest.mark.long
+        ),
         lambda tree: jax.tree.map(lambda _: ROWS, tree),
     ],
     ids=["prefix", "tree", "function"],

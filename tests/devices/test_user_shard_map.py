@@ -69,6 +69,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("train", "name"), mostly_long(CASES, ["loop, auto"]))
 def test_each_device_trains_its_own_model_as_it_would_alone(

@@ -197,6 +197,7 @@ def test_the_state_keeps_its_type_on_an_explicit_mesh_and_no_device_clips_alone(
     assert update._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # jit has it
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")  # Optax promotes.
 def test_soap_adamw_clips_first() -> None:
     params = {"kernel": jnp.ones((4, 3)), "embedding": {"embedding": jnp.ones((5, 3))}}

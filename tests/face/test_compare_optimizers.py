@@ -305,6 +305,7 @@ def structures() -> Iterator[Any]:
     yield pytest.param(shampoo, id="shampoo, thinned", marks=pytest.mark.long)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spec", list(structures()))
 def test_a_step_keeps_shapes_and_dtypes(spec: Any):
     step = running.step_of(spec, micro_batch=None)

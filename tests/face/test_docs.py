@@ -76,8 +76,8 @@ LONG_PAGES = [
     for page in (
         *("explanation/numerics", "explanation/planning", "explanation/shampoo", "how-to/chain"),
         *("how-to/choose-a-refresh", "how-to/diagnostics", "how-to/flax", "how-to/keep-norms"),
-        *("how-to/keep-updates-in-bounds", "how-to/kl-factors", "how-to/levanter", "how-to/pods"),
-        *("how-to/shampoo", "how-to/tune", "how-to/wrap"),
+        *("how-to/keep-updates-in-bounds", "how-to/kl-factors", "how-to/levanter"),
+        *("how-to/migrate", "how-to/pods", "how-to/shampoo", "how-to/tune", "how-to/wrap", "index"),
     )
 ]
 

@@ -357,6 +357,7 @@ def test_a_mistake_gets_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_mistake_in_the_shell_ends_with_code_2_and_no_traceback(tmp_path: Path):
     process = start("--width", "0", "--out", tmp_path / "out")
     stdout, stderr = process.communicate()

@@ -288,6 +288,7 @@ def assert_equals_plain_run(found: Iterator[Tree], optimizer: Any = SOAP) -> Non
         assert_same_bits(params, wanted.params)
 
 
+@pytest.mark.long
 def test_a_train_state_of_a_frozen_dict_equals_the_plain_dict() -> None:
     assert_equals_plain_run(linen_run())
 
