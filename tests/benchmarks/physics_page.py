@@ -9,10 +9,8 @@ The page has a block for each question and equation, between `<!-- begin EQUATIO
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +20,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
+import page_blocks
 from comparison.tables import Table
 from matplotlib.figure import Figure
+from page_blocks import ROOT, Maker, circumstances, image_name, values_of
 from physics.equations import EQUATIONS
 from physics.specs import Spec
 from physics.training import Point
@@ -37,11 +37,8 @@ from physics_records import (
     spec_of,
 )
 from physics_study import DATA, DTYPES, Study, errors_of, new_plan, searched
-from reproduction import BLOCK
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "explanation" / "physics.md"
-IMAGES = ROOT / "docs" / "images"
 NOT_RUN = "This study is not complete yet."
 OLD = ("soap-2-qr", "old-port-count", "old-port-nu", "old-port")
 REFRESHES = tuple(
@@ -114,23 +111,6 @@ def errors_table(names: Sequence[str], beside: str, outcomes: Outcomes) -> Table
     return Table("physics", columns, rows)
 
 
-def circumstances(records: Sequence[Record]) -> str:
-    """The number of runs, and where, when and with which versions they took place."""
-
-    def values(name: str) -> str:
-        return ", ".join(sorted({record.values[name] for record in records}))
-
-    days = sorted({record.values["date"] for record in records})
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    versions = (("Python", "python"), ("JAX", "jax"), ("Optax", "optax"), ("Flax", "flax"))
-    return (
-        f"Seeds {values('seed')}, {values('steps')} steps. {values('device')}, {values('cores')} "
-        f"cores; {when}; "
-        + ", ".join(f"{label} {values(name)}" for label, name in versions)
-        + f", soap_optax {values('soap_optax')}."
-    )
-
-
 # Pictures -----------------------------------------------------------------------------------------
 
 Curves = Mapping[str, Sequence[Point]]
@@ -190,15 +170,21 @@ QUESTIONS = {
 
 def block_of(equation: str, question: str, data: Path) -> str:
     """The text of one block."""
+    if equation not in EQUATIONS or question not in QUESTIONS:
+        raise ValueError(f"the page has a block for {equation} {question}")
     asked = QUESTIONS[question]
     outcomes = outcomes_of(equation, read_records(data))
     table = errors_table(asked.contenders, asked.beside, outcomes)
     if not table.rows:
         return NOT_RUN
     used = [o for o in outcomes.values() if o.contender in asked.contenders]
-    parts = [f"![{asked.caption}](../images/{image_name(equation, question)})"]
+    image = image_name("physics", equation, question)
+    parts = [f"![{asked.caption}](../images/{image})"]
     if question != "time":
-        parts += [table.markdown, circumstances([r for o in used for r in o.records])]
+        runs = [record for outcome in used for record in outcome.records]
+        settings = f"Seeds {values_of(runs, 'seed')}, {values_of(runs, 'steps')} steps."
+        where = circumstances(runs, ("JAX", "Optax", "Flax"))
+        parts += [table.markdown, f"{settings} {where}"]
     missing = [
         f"{CONTENDERS[name].label} in {dtype}"
         for name in asked.contenders
@@ -210,56 +196,19 @@ def block_of(equation: str, question: str, data: Path) -> str:
     return "\n\n".join(parts)
 
 
-def image_name(equation: str, question: str) -> str:
-    return f"physics_{equation.replace('-', '_')}_{question}.png"
+def picture_of(equation: str, question: str, data: Path) -> Figure | None:
+    """The picture of one block, if a contender is complete."""
+    if block_of(equation, question, data) == NOT_RUN:
+        return None
+    asked, outcomes = QUESTIONS[question], outcomes_of(equation, read_records(data))
+    return picture(asked.contenders, outcomes, read_curves(data), asked.x)
 
 
-def page_of(text: str, data: Path) -> str:
-    """The page with all blocks made again."""
-
-    def made(match: re.Match[str]) -> str:
-        begin, equation, question, end = match.groups()
-        if equation not in EQUATIONS or question not in QUESTIONS:
-            raise ValueError(f"the page has a block for {equation} {question}")
-        return f"{begin}\n{block_of(equation, question, data)}\n\n{end}"
-
-    return BLOCK.sub(made, text)
-
-
-def draw(text: str, data: Path, images: Path) -> list[Path]:
-    """Draws the picture of every block that has complete contenders."""
-    drawn = []
-    for _, equation, question, _ in BLOCK.findall(text):
-        if block_of(equation, question, data) == NOT_RUN:
-            continue
-        asked = QUESTIONS[question]
-        outcomes = outcomes_of(equation, read_records(data))
-        figure = picture(asked.contenders, outcomes, read_curves(data), asked.x)
-        path = images / image_name(equation, question)
-        figure.savefig(path, dpi=110)
-        drawn.append(path)
-    return drawn
+MAKER = Maker("physics_page.py", "physics", [PAGE], DATA, block_of, picture_of)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, compare the tables")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder of the CSVs")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page to update")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="the folder for pictures")
-    settings = parser.parse_args(arguments)
-    old = settings.page.read_text(encoding="utf-8")
-    new = page_of(old, settings.data)
-    if settings.check:
-        if new != old:
-            print(f"{settings.page} is stale; run python tests/benchmarks/physics_page.py")
-        return int(new != old)
-    settings.page.write_text(new, encoding="utf-8")
-    for path in draw(new, settings.data, settings.images):
-        print(path)
-    return 0
+    return page_blocks.main(arguments, __doc__, MAKER)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The page of the reproduction has the tables of the committed CSVs, and its pictures are drawn."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Warnings of other packages at import are not under test.
+    import page_blocks
     import reproduction
     import reproduction_plots
     from comparison import plans, presets, records, running
@@ -51,8 +53,8 @@ def test_the_page_has_the_tables_of_the_committed_files() -> None:
 
 def test_the_pictures_of_the_page_are_there() -> None:
     page = reproduction.PAGE.read_text()
-    for name in reproduction.re.findall(r"images/(reproduction_\w+\.png)", page):
-        assert (reproduction.IMAGES / name).exists(), f"run {reproduction.__file__}"
+    for name in re.findall(r"images/(reproduction_\w+\.png)", page):
+        assert (page_blocks.IMAGES / name).exists(), f"run {reproduction.__file__}"
 
 
 @pytest.mark.long
