@@ -194,7 +194,7 @@ def empty_caches(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
 
 
-MEMORY_TO_CLEAR = 1.2  # In GB; a worker may hold 2.
+MEMORY_TO_CLEAR = 1.0  # In GB; a worker may hold 2.
 
 
 def resident_memory() -> float:
