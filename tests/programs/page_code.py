@@ -3,7 +3,6 @@
 import ast
 import pathlib
 import re
-from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -14,29 +13,20 @@ def fences(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def functions_of(page: str, names: tuple[str, ...]) -> list[ast.stmt]:
-    """Functions of a page's Python blocks."""
+def module_text(page: str, names: tuple[str, ...]) -> str:
+    """The text of a module with functions of a page's Python blocks, and the page's imports."""
+    blocks = fences(page, "python")
     found = {
         node.name: node
-        for block in fences(page, "python")
+        for block in blocks
         for node in ast.parse(block).body
         if isinstance(node, ast.FunctionDef)
     }
-    return [found[name] for name in names]
-
-
-def run_functions(page: str, names: tuple[str, ...], namespace: dict[str, Any]) -> None:
-    """Defines functions of a page's Python blocks in a namespace, which has all that they use."""
-    module = ast.Module(body=functions_of(page, names), type_ignores=[])
-    exec(compile(module, page, "exec"), namespace)
-
-
-def module_text(page: str, names: tuple[str, ...]) -> str:
-    """The text of a module with functions of a page, and with the page's imports."""
-    blocks = (block for block in fences(page, "python") if block.startswith(("import", "from")))
-    statements = (statement for block in blocks for statement in ast.parse(block).body)
+    functions: list[ast.stmt] = [found[name] for name in names]
+    first = (block for block in blocks if block.startswith(("import", "from")))
+    statements = (statement for block in first for statement in ast.parse(block).body)
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
-    return ast.unparse(ast.Module(body=[*imports, *functions_of(page, names)], type_ignores=[]))
+    return ast.unparse(ast.Module(body=[*imports, *functions], type_ignores=[]))
 
 
 def added_file(page: str, path: str) -> str:

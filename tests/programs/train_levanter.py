@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import equinox as eqx
 import haliax as hax
@@ -10,7 +11,6 @@ import numpy as np
 import optax
 from haliax import NamedArray
 from haliax.nn import Linear
-from jax.sharding import NamedSharding, PartitionSpec
 from levanter.checkpoint import CheckpointerConfig
 from levanter.data.dataset import ListAsyncDataset
 from levanter.models.gpt2 import Gpt2Config
@@ -19,15 +19,12 @@ from levanter.optim.config import AdamConfig, OptimizerConfig
 from levanter.optim.soap import SoapConfig
 from levanter.tracker.tracker import NoopConfig
 from levanter.trainer import Trainer, TrainerConfig
-from optax.contrib import MuonDimensionNumbers
-from page_code import added_file, run_functions
+from page_code import added_file, module_text
 from program_result import print_result
-
-import soap_optax
 
 STEPS, PAGE = 60, "docs/how-to/levanter.md"
 namespace = dict(globals())
-run_functions(PAGE, ("is_linear", "numbers", "labels", "with_names"), namespace)
+exec(module_text(PAGE, ("is_linear", "numbers", "labels", "with_names")), namespace)
 exec(added_file(PAGE, "lib/levanter/src/levanter/optim/soap_optax.py"), namespace)
 model = Gpt2Config(32, hidden_dim=32, num_layers=2, num_heads=2, gradient_checkpointing=False)
 Vocab = hax.Axis("vocab", 64)
@@ -65,6 +62,9 @@ losses["soap"], state = train(soap)
 stacks = optax.tree.get(state.opt_state, "stacks")
 for leaf in jax.tree.leaves(eqx.filter(stacks, eqx.is_array)):
     assert leaf.addressable_shards[0].data.shape[0] * 8 == leaf.shape[0]  # Each device has its own.
+step = sorted(Path("compiled").glob("*train_step*after_optimizations.txt"))[-1].read_text()
+assert "f32[1,128,128]" in step
+assert "f32[8,128,128]" not in step
 with tempfile.TemporaryDirectory() as folder:
     train(soap, STEPS // 2, folder)
     assert abs(train(soap, STEPS, folder)[0] - losses["soap"]) < 1e-3
