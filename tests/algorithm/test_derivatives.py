@@ -130,10 +130,7 @@ CASES = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "steps", "batches"),
-    mostly_long(CASES, ["qr, 10 steps, batches"]),
-)
+@pytest.mark.parametrize(("name", "steps", "batches"), CASES)
 def test_derivatives_through_training_equal_differences_in_which_bases_move(
     name: str, steps: int, batches: bool
 ) -> None:
@@ -147,7 +144,6 @@ def test_derivatives_through_training_equal_differences_in_which_bases_move(
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("refresh", mostly_long(["qr", "eigh", "jacobi"], ["qr"]))
 def test_derivatives_are_finite_where_rows_have_no_gradient(refresh: Any) -> None:
     """Rows of zeros share an eigenvalue, and some of their Jacobi angles are zero."""

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("optimized_programs")
 TRAJECTORIES = trajectories.load_trajectories()
 BY_NAME = named({trajectory.name: trajectory for trajectory in TRAJECTORIES})
 SHORT = [
-    *("matrix_freq10", "conv4", "wide_one_sided", "vector_preconditioned", "no_side"),
+    *("matrix_freq10", "conv4", "wide_one_sided", "no_side"),
     "shampoo_beta",
 ]
 every_trajectory = pytest.mark.parametrize("trajectory", BY_NAME)

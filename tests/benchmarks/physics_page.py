@@ -171,7 +171,7 @@ QUESTIONS = {
 def block_of(equation: str, question: str, data: Path) -> str:
     """The text of one block."""
     if equation not in EQUATIONS or question not in QUESTIONS:
-        raise ValueError(f"the page has a block for {equation} {question}")
+        raise ValueError(f"no block shows {equation} {question}")
     asked = QUESTIONS[question]
     outcomes = outcomes_of(equation, read_records(data))
     table = errors_table(asked.contenders, asked.beside, outcomes)

@@ -47,7 +47,7 @@ def of_study(study: str, preset: Preset, records: dict[Spec, Record]) -> dict[Sp
 def block_of(preset_name: str, study: str, data: Path) -> str:
     """The text of one block."""
     if preset_name not in PRESETS or study not in (*WITHOUT_PICTURE, *STUDIES):
-        raise ValueError(f"the page has a block for {preset_name} {study}")
+        raise ValueError(f"no block shows {preset_name} {study}")
     preset = PRESETS[preset_name]
     records = read_records(data / preset_name)
     if study in WITHOUT_PICTURE:

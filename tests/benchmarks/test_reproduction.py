@@ -57,7 +57,6 @@ def test_the_pictures_of_the_page_are_there() -> None:
         assert (page_blocks.IMAGES / name).exists(), f"run {reproduction.__file__}"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "study",
     [pytest.param(s, marks=[pytest.mark.long] * (s != "steps-to-loss")) for s in plans.STUDIES],
@@ -82,6 +81,13 @@ def test_new_runs_change_the_page_and_draw(
     (picture,) = tmp_path.glob("*.png")
     assert f"]({Path('..') / 'images' / picture.name})" in text
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_block_of_nothing_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin quick nothing -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no block shows quick nothing"):
+        reproduction.main(["--page", str(page), "--check"])
 
 
 def test_every_study_has_a_picture() -> None:

@@ -164,7 +164,8 @@ MATRICES: list[tuple[str, Matrices, list[Axes]]] = [
     # Only the last two axes of these tiles, 3x3x16x16, can be sharded.
     ("tiles_of_kernels", Matrices((3, 3, 64, 64), 3, 1, 16), [Axes("8", AUTO)]),
 ]
-# One case for matrices that are blocks, and one for tiles: the others are other ways to the same.
+# One case for matrices that are blocks, and one for tiles; below, one for layers and one for leaves
+# with two shardings. The others are other ways to the same.
 SHORT = {
     "blocks-4x2-auto-(x,y)",
     "tiles-4x2-auto-(None,x)",

@@ -59,7 +59,6 @@ def draw(step: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, (shape, _) in LEAVES.items()}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("name", "kind"), mostly_long(CASES, short=["kl-auto"]))
 def test_sharded_updates_equal_those_of_one_device(name: str, kind: Any) -> None:
     mesh = mesh_of("4x2", kind)

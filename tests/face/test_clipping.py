@@ -54,7 +54,7 @@ def test_norms_are_clipped_to_a_multiple_of_the_mean_of_earlier_ones(
 
 
 # SOAP rejects all of them.
-@pytest.mark.parametrize("bad", mostly_long([np.nan, np.inf, -np.inf, 1e25], [np.inf, 1e25]))
+@pytest.mark.parametrize("bad", mostly_long([np.nan, np.inf, -np.inf, 1e25], [1e25]))
 def test_a_parameter_that_soap_rejects_does_not_count_and_keeps_its_gradient(bad: float) -> None:
     clip: Any = soap_optax.clip_by_running_norm(2.0)
     _, state = clip.update(gradient(0, dtype=np.float32), clip.init(gradient(0, dtype=np.float32)))

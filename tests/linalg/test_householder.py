@@ -101,7 +101,6 @@ def test_a_batch_is_decomposed_one_matrix_after_another() -> None:
     assert "f32[2,512,128]" not in jaxpr
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 def test_derivatives_equal_those_of_the_plain_decomposition() -> None:
     matrix, tangent = random_matrix(512, 512), random_matrix(512, 512, seed=1)

@@ -56,12 +56,13 @@ losses["soap, 0.01"] = run("soap", 1e-2)[0][-1]
 kept, state = run("soap", 3e-2)
 losses["soap, 0.03"] = kept[-1]
 # Stacks have 8 blocks here. Each device has the factors of one, and no others.
-assert "f32[1,64,64]" in compiled_texts[0]
-assert "f32[8,64,64]" not in compiled_texts[0]
+train_step = next(text for text in compiled_texts if "train_step" in text.partition("\n")[0])
+assert "f32[1,64,64]" in train_step
+assert "f32[8,64,64]" not in train_step
 for leaf in jax.tree.leaves(optax.tree.get(state.optimizer.opt_state, "stacks")):
     assert leaf.addressable_shards[0].data.shape[0] * 8 == leaf.shape[0]
 run("soap", 3e-2, STEPS // 2, checkpoints=True)
 continued, _ = run("soap", 3e-2, checkpoints=True)
 np.testing.assert_allclose(continued, kept[STEPS // 2 :], rtol=1e-3)
 checked = {"usual": "adamw, 0.03", "soap": "soap, 0.03", "checkpoint": "continues from step 30"}
-print_result("maxtext", losses, tolerance=0.01, **checked)
+print_result("maxtext", losses, tolerance=0.002, **checked)

@@ -344,6 +344,12 @@ def test_numbers_and_random_keys_may_be_stored_in_another_form(tmp_path: pathlib
 # Killing a run, and moving it between devices.
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Compiled programs of this file only: a killed process may leave a damaged one."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 def digests(events: Iterable[Event]) -> dict[int, str]:
     return {event.step: event.digest for event in events if event.digest}
 
