@@ -118,10 +118,13 @@ for _profile, _examples in (("short", 2), ("long", 10)):
     )
 
 
-@pytest.fixture(scope="session")
-def compiled() -> pathlib.Path:
-    """The directory of compiled programs, for processes that a test starts."""
-    return pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A directory of compiled programs for the processes of one test file.
+
+    Kept programs are not for them: a process that is killed while it writes one leaves it damaged.
+    """
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture

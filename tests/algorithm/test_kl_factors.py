@@ -411,8 +411,8 @@ def test_estimates_recover_after_a_long_time_without_gradients() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("axes", mostly_long([2, 5, 6, 8], [8]))
-@pytest.mark.parametrize("make", mostly_long(["soap", "shampoo"], ["soap"]))
+@pytest.mark.parametrize("axes", [2, 5, 6, 8])
+@pytest.mark.parametrize("make", ["soap", "shampoo"])
 def test_blocks_of_many_axes_accept_gradients_after_a_long_time_without(
     axes: int, make: str
 ) -> None:
@@ -447,9 +447,7 @@ def test_narrow_storage_follows_the_wide_one() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "order", mostly_long(["before_gradient", "after_gradient"], ["before_gradient"])
-)
+@pytest.mark.parametrize("order", ["before_gradient", "after_gradient"])
 def test_kl_factors_promote_no_rank_and_no_dtype(order: Any) -> None:
     params = {"matrix": jnp.ones((6, 4)), "half": jnp.ones((3, 4), jnp.bfloat16)}
     optimizer: Any = soap_optax.scale_by_soap(

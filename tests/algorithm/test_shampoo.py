@@ -246,7 +246,7 @@ GRAFTING_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", mostly_long(named(GRAFTING_OPTIONS), ["tiles"]))
+@pytest.mark.parametrize("options", named(GRAFTING_OPTIONS))
 def test_with_grafting_every_block_has_the_norm_of_adams_update(options: dict[str, Any]) -> None:
     grads = random_grads([(8, 6), (5, 9)], seed=5)
     grafted = compile_run(**options)(grads)

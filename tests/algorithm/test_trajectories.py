@@ -18,10 +18,7 @@ pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 TRAJECTORIES = trajectories.load_trajectories()
 BY_NAME = named({trajectory.name: trajectory for trajectory in TRAJECTORIES})
-SHORT = [
-    *("matrix_freq10", "conv4", "wide_one_sided", "no_side"),
-    "shampoo_beta",
-]
+SHORT = ("matrix_freq10", "conv4", "wide_one_sided", "no_side", "shampoo_beta")
 every_trajectory = pytest.mark.parametrize("trajectory", BY_NAME)
 
 # Parameters are of size 4 at most. Each step rounds them by 2e-16, half a unit in the last place

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.cases import mostly_long
 from helpers.states import full_rank_factor, put_full_rank_factors
 from textbook import TextbookState, scale_by_textbook_soap
 
@@ -27,7 +26,7 @@ def with_full_rank_factors(state: TextbookState) -> TextbookState:
 @pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("frequency", mostly_long([1, 4], [4]))
+@pytest.mark.parametrize("frequency", [1, 4])
 def test_the_textbook_gives_the_updates_of_soap_optax(frequency: int) -> None:
     textbook = scale_by_textbook_soap(precondition_frequency=frequency)
     soap = soap_optax.scale_by_soap(precondition_frequency=frequency)

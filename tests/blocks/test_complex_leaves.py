@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers.cases import mostly_long
 from helpers.meshes import AUTO, EXPLICIT, all_axes, assert_close, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
@@ -87,7 +86,7 @@ def run(update: Any, state: Any, grads: list[Any]) -> tuple[list[Any], Any]:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("implicit_promotion")  # For Optax's wrapper.
-@pytest.mark.parametrize("name", mostly_long(OPTIONS, ["dimension_numbers"]))
+@pytest.mark.parametrize("name", OPTIONS)
 def test_updates_equal_those_of_optaxs_wrapper_around_soap(name: str) -> None:
     inner = soap_optax.scale_by_soap(precondition_frequency=2, **OPTIONS[name])
     wrapped: Any = optax.contrib.split_real_and_imaginary(inner)

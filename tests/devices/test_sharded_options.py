@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.cases import mostly_long
 from helpers.meshes import (
     AUTO,
     EXPLICIT,
@@ -149,9 +148,7 @@ CASES = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "kind", "specified"), mostly_long(CASES, short=["tiles_of_layers-specified"])
-)
+@pytest.mark.parametrize(("name", "kind", "specified"), CASES)
 def test_sharded_updates_equal_those_of_one_device_with_any_options(
     name: str, kind: AxisType, specified: bool
 ) -> None:

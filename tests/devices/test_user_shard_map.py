@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.cases import mostly_long
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -71,7 +70,7 @@ CASES = [
 
 @pytest.mark.long
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("train", "name"), mostly_long(CASES, ["loop, auto"]))
+@pytest.mark.parametrize(("train", "name"), CASES)
 def test_each_device_trains_its_own_model_as_it_would_alone(
     train: Callable[[Any, Any], Any], name: str
 ) -> None:

@@ -279,6 +279,11 @@ def test_a_run_goes_on_from_its_checkpoint_and_writes_what_it_would_have_written
     losses = losses_of(rows_of(both[0]), "soap")
     out = shutil.copytree(both[0], tmp_path / "out")
     shutil.rmtree(out / "checkpoints" / "soap" / str(STEPS))
+    for name in ("metrics.csv", "diagnostics.csv"):  # As if the run had ended before its last step.
+        lines = (out / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(f"soap,{STEPS},")]
+        assert len(kept) < len(lines)
+        (out / name).write_text("".join(kept))
     arguments = ("--optimizer", "soap", "--steps", STEPS, "--data", folder, "--out", out)
     arguments += ("--checkpoint-every", "5")
     process = start(*arguments, "--resume")

@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
-from helpers.cases import mostly_long, named
+from helpers.cases import named
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
@@ -183,7 +183,7 @@ CONTAINERS: dict[str, Callable[[Tree], Tree]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("hold", mostly_long(named(CONTAINERS), ["nnx.State"]))
+@pytest.mark.parametrize("hold", named(CONTAINERS))
 def test_any_container_gets_the_updates_of_the_plain_dict(hold: Callable[[Tree], Tree]) -> None:
     params, grads = given()
     steps = run(hold(params), [hold(grad) for grad in grads])

@@ -237,7 +237,7 @@ def test_every_equation_takes_a_step_with_a_finite_loss(equation: str):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer", mostly_long(optimizers.OPTIMIZERS, ["soap"]))
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_every_optimizer_starts_from_the_same_weights_and_points(optimizer: str):
     adam = training.train(spec_of("burgers", "adam")).points
     points = training.train(spec_of("burgers", optimizer)).points

@@ -513,10 +513,7 @@ def test_it_compiles_once_and_runs_in_a_scan() -> None:
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize(
     "name",
-    mostly_long(
-        TREES,
-        ["Linen mixture of experts, scanned"],
-    ),
+    mostly_long(TREES, ["Linen mixture of experts, scanned"]),
 )
 def test_gradients_of_a_model_get_what_its_parameters_got(name: str) -> None:
     params = TREES[name]()

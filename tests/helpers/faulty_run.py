@@ -88,9 +88,8 @@ def plan_of(step: int, settings: "Settings") -> Plan:
     factors = np.ones(layers, np.float32)
     rate, frequency = 3e-3, 4
     if settings.faults:
-        changes = np.random.default_rng(
-            [settings.seed, 1, step // min(1000, max(1, settings.steps // 2))]
-        )
+        part = step // min(1000, -(-settings.steps // 2))
+        changes = np.random.default_rng([settings.seed, 1, part])
         rate, frequency = rate * changes.uniform(0.5, 2), changes.integers(1, 12)
         if step < (1 - QUIET_END) * settings.steps:
             rng = np.random.default_rng([settings.seed, 2, step])

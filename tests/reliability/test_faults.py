@@ -18,12 +18,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Compiled programs of this file only: a killed process may leave a damaged one."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def settings(compiled: pathlib.Path) -> Settings:
     return Settings(STEPS, 50, seed=0, faults=True, compiled=compiled)
 

@@ -206,16 +206,13 @@ def test_blocks_are_spread_over_every_cycle_after_the_frequency_has_changed() ->
 @pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize(
     "schedule",
-    mostly_long(
-        named(
-            {
-                "thinning": [min(30, max(1, count // 3)) for count in range(260)],
-                "to and fro": [7 + count % 2 for count in range(260)],
-                "ever longer": [10 + count for count in range(260)],
-                "ever shorter": [max(1, 100 - count) for count in range(260)],
-            }
-        ),
-        short=["ever shorter"],
+    named(
+        {
+            "thinning": [min(30, max(1, count // 3)) for count in range(260)],
+            "to and fro": [7 + count % 2 for count in range(260)],
+            "ever longer": [10 + count for count in range(260)],
+            "ever shorter": [max(1, 100 - count) for count in range(260)],
+        }
     ),
 )
 def test_no_staggered_block_is_forgotten_or_favoured_while_the_frequency_changes(

@@ -260,7 +260,7 @@ STORED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", mostly_long(STORED, ["all"]))
+@pytest.mark.parametrize("name", STORED)
 def test_storage_changes_updates_by_its_rounding_only(name: str) -> None:
     options = STORED[name]
     plain = {"grafting": options["grafting"]} if "grafting" in options else {}
