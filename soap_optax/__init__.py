@@ -1,8 +1,7 @@
 """SOAP, Adam in the eigenbasis of Shampoo's preconditioner, and Shampoo, for Optax."""
 
 from soap_optax.alias import STATIC_ARGS, soap
-from soap_optax.clipping import clip_by_running_norm
-from soap_optax.hyperball import hyperball
+from soap_optax.chain import clip_by_running_norm, hyperball
 from soap_optax.partitioned import SOAP_ADAMW_STATIC_ARGS, soap_adamw
 from soap_optax.schedules import thinning_frequency
 from soap_optax.shampoo_alias import SHAMPOO_STATIC_ARGS, shampoo

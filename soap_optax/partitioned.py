@@ -10,14 +10,12 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments, blocks
-from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.algorithm import FactorEstimator, FirstUpdate, RefreshMethod
 from soap_optax.alias import STATIC_ARGS, soap
-from soap_optax.clipping import clip_by_running_norm
+from soap_optax.chain import add_weight_decay, clip_by_running_norm, scale_by_guarded_adam
 from soap_optax.schedules import Frequency, thinning_frequency
 from soap_optax.stacks import RefreshOrder
 from soap_optax.tools import Description, assignment_of, default_labels, describe
-from soap_optax.weight_decay import add_weight_decay
 
 SOAP_ADAMW_STATIC_ARGS = (*STATIC_ARGS, "labels", "report")
 """Arguments of `soap_adamw` that must not be traced, for `optax.inject_hyperparams`.

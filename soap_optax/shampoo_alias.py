@@ -10,10 +10,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from soap_optax import arguments
 from soap_optax.algorithm import FactorEstimator, Grafting, RefreshMethod
+from soap_optax.chain import add_weight_decay
 from soap_optax.schedules import Frequency
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.stacks import RefreshOrder
-from soap_optax.weight_decay import add_weight_decay
 
 SHAMPOO_STATIC_ARGS = (
     "mask",

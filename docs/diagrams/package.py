@@ -9,7 +9,7 @@ def wings() -> Canvas:
         750,
         556,
         "The wings of the package",
-        "Imports go one way: partitioned, tools, alias, transform, hyperball, clipping and adamw, "
+        "Imports go one way: partitioned, tools, alias, transform and chain, "
         "then options, schedules and arguments, then stacks. Stacks import devices and algorithm. "
         "Devices import blocks, algorithm imports linalg, and all may import state.",
     )
@@ -25,14 +25,8 @@ def wings() -> Canvas:
             140,
             wide,
         ),
-        (
-            "blue",
-            "transform",
-            "`scale_by_soap`, `scale_by_shampoo`; beside it `hyperball`",
-            left,
-            200,
-            wide,
-        ),
+        ("blue", "transform", "`scale_by_soap`, …", left, 200, narrow),
+        ("blue", "chain", "clipping, decay, …", right, 200, narrow),
         ("blue", "options, schedules, arguments", "", left, 260, wide),
         ("green", "stacks", "all blocks of one shape: when, in which loop", left, 320, wide),
         ("orange", "devices", "the way on a mesh", left, 380, narrow),

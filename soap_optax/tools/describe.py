@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_optax.adamw import scale_by_guarded_adam
 from soap_optax.alias import soap
 from soap_optax.blocks import BlockOptions, Plan, plan_of, split_complex
-from soap_optax.clipping import clip_by_running_norm
+from soap_optax.chain import clip_by_running_norm, scale_by_guarded_adam
 from soap_optax.shampoo_alias import shampoo
 from soap_optax.shampoo_transform import scale_by_shampoo
 from soap_optax.state import AdamState, AnyStackState, PreconditionerState

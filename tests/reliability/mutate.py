@@ -203,7 +203,7 @@ def read_rows() -> list[dict[str, str]]:
 def append(row: dict[str, object]) -> None:
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter[str](file, FIELDS)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, FIELDS)
         if not file.tell():
             writer.writeheader()
         writer.writerow(row)
