@@ -76,9 +76,10 @@ REFERENCES = (
     "tests/algorithm/test_shampoo.py",
     "tests/algorithm/test_kl_factors.py",
 )
+ON_MESHES = ("tests/devices/test_sharded_state.py", "tests/devices/test_sharded_shampoo.py")
 TESTS = {
-    "algorithm": (*REFERENCES, "tests/algorithm"),
-    "stacks": (*REFERENCES, "tests/stacks", "tests/optax/test_wrappers.py"),
+    "algorithm": (*REFERENCES, "tests/algorithm", *ON_MESHES),
+    "stacks": (*REFERENCES, "tests/stacks", "tests/optax/test_wrappers.py", *ON_MESHES),
     "blocks": (*REFERENCES, "tests/blocks", "tests/tools/test_describe.py"),
     "devices": ("tests/devices", "tests/optax/test_sharding.py"),
 }
