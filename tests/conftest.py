@@ -19,6 +19,7 @@ from unittest import mock
 import hypothesis
 import jax
 import pytest
+from helpers import precision
 
 DEVICES = 8
 
@@ -148,11 +149,9 @@ def implicit_promotion() -> Iterator[None]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """Enables 64-bit JAX arrays for one test, and restores the setting afterwards."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    """Enables 64-bit JAX arrays for one test."""
+    with precision.x64():
+        yield
 
 
 # The option `--long` ------------------------------------------------------------------------------

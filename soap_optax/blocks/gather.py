@@ -147,7 +147,7 @@ def _join(starts: list[Shape], pieces: list[Array]) -> Array:
         axis = max(a for a in range(len(starts[0])) if len({start[a] for start in starts}) > 1)
         rows: dict[Shape, list[Array]] = {}
         for start, piece in zip(starts, pieces, strict=True):
-            rows.setdefault((*start[:axis], 0, *start[axis + 1 :]), []).append(piece)
+            rows.setdefault(start[:axis], []).append(piece)
         starts = list(rows)
         pieces = [jnp.concatenate(row, axis) for row in rows.values()]
     return pieces[0]

@@ -32,7 +32,6 @@ from test_generated import CHECKS, Check
 from tqdm import tqdm
 
 FILE = Path(__file__).parents[2] / "docs/data/reliability/generated.csv"
-HISTORIES = 25  # For each case. More cases instead would compile more programs.
 
 
 def failures_of(check: Check, cases: int, seed: int, progress: tqdm[Any]) -> int:
@@ -54,12 +53,12 @@ def failures_of(check: Check, cases: int, seed: int, progress: tqdm[Any]) -> int
     def run(case: Case, seed: int) -> None:
         nonlocal failures
         try:
-            check(case, seed, HISTORIES)
+            check(case, seed, CHECKS[check])
         except Exception:
             failures += 1
             tqdm.write(f"{check.__name__}, seed {seed}: {case}\n{traceback.format_exc()}")
         jax.clear_caches()
-        progress.update(HISTORIES)
+        progress.update(CHECKS[check])
 
     run()
     return failures
@@ -77,9 +76,9 @@ def main() -> int:
 
     jax.config.update("jax_disable_most_optimizations", True)  # Compiling takes most of the time.
     seed = int.from_bytes(os.urandom(4)) if args.seed is None else args.seed
-    cases = -(-args.examples // (len(CHECKS) * HISTORIES))
+    cases = -(-args.examples // sum(CHECKS.values()))  # For each check.
     started = time.monotonic()
-    with tqdm(total=cases * len(CHECKS) * HISTORIES, unit="example") as progress:
+    with tqdm(total=cases * sum(CHECKS.values()), unit="example") as progress:
         failures = sum(failures_of(check, cases, seed, progress) for check in CHECKS)
         examples = int(progress.n)
     row = {

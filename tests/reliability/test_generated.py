@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import generated
+from helpers import generated, states
 from helpers.generated import Case
+from helpers.precision import x64
 
 import soap_optax
 from soap_optax.state import AdamState, ShampooStackState, StackState
@@ -20,7 +21,7 @@ from soap_optax.state import AdamState, ShampooStackState, StackState
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 STACKS = (StackState, ShampooStackState)
-CASES, HISTORIES = 2, 75  # In each test, and for each case.
+CASES = 2  # In each test, with three times the histories of `CHECKS`.
 # A product below float32's smallest normal number may be flushed to zero in one triangle and not in
 # the other. This allows for 16 of them in an entry, and matters where all entries are below 1e-32.
 UNDERFLOW = 16 * np.finfo(np.float32).tiny
@@ -142,11 +143,70 @@ def assert_no_leaf_changes_the_update_of_another(case: Case, seed: int, historie
         assert_equal([updates[i] for i in others], [expected[i] for i in others])
 
 
+def assert_close(found: Any, expected: Any) -> None:
+    """Compares two computations of the same numbers in float64, signs of columns included."""
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6),
+        found,
+        expected,
+    )
+
+
+def assert_eager_steps_equal_jitted_ones(case: Case, seed: int, histories: int) -> None:
+    with x64():
+        case = generated.in_float64(case)
+        optimizer, params = case.optimizer(), case.params
+        init = states.put_full_rank_factors(optimizer.init(params))
+        run, step = generated.compile_run(case), jax.jit(optimizer.update)
+        for number in range(histories):
+            hypothesis.note(f"history {number}")
+            grads = generated.histories(case.shapes, seed, number, kinds=generated.OF_ONE_SIZE)
+            _, middle = run(init, first_half(grads))
+            grad = jax.tree.map(lambda leaf: leaf[0], second_half(grads))
+            updates, state = optimizer.update(grad, middle, params)
+            expected, state_of_jit = step(grad, middle, params)
+            assert_close(updates, expected)
+            assert types_of(state) == types_of(state_of_jit)
+
+
+def assert_each_leaf_moves_as_it_would_alone(case: Case, seed: int, histories: int) -> None:
+    with x64():
+        # The phase of a block depends on the stacks before it.
+        apart = {name: False for name in ("stagger",) if name in case.options}
+        apart |= {name: None for name in ("max_norm_ratio",) if name in case.options}
+        case = generated.in_float64(case._replace(options=case.options | apart))
+        leaves, tree = jax.tree.flatten(case.shapes)
+        groups = groups_of(case)
+        kept = seed % len(leaves)
+        if groups.count(groups[kept]) > 1:
+            return  # One of AdamW's leaves, which reject gradients together.
+        alone = case._replace(
+            shapes=tree.unflatten([leaf if i == kept else None for i, leaf in enumerate(leaves)])
+        )
+        run, run_alone = generated.compile_run(case), generated.compile_run(alone)
+        first, first_alone = (
+            states.put_full_rank_factors(one.optimizer().init(one.params)) for one in (case, alone)
+        )
+        for number in range(histories):
+            hypothesis.note(f"history {number}")
+            grads = generated.histories(case.shapes, seed, number, kinds=generated.OF_ONE_SIZE)
+            updates = tree.flatten_up_to(run(first, grads)[0])
+            grads_alone = [
+                leaf if i == kept else None for i, leaf in enumerate(tree.flatten_up_to(grads))
+            ]
+            [expected] = jax.tree.leaves(run_alone(first_alone, tree.unflatten(grads_alone))[0])
+            assert_close(updates[kept], expected)
+
+
 Check = Callable[[Case, int, int], None]
-CHECKS: tuple[Check, ...] = (
-    assert_any_history_leaves_a_sound_state,
-    assert_no_leaf_changes_the_update_of_another,
-)
+# With each, the number of histories for a case in `generate.py`. More cases instead would compile
+# more programs. Steps outside `jax.jit` take a quarter of a second.
+CHECKS: dict[Check, int] = {
+    assert_any_history_leaves_a_sound_state: 25,
+    assert_no_leaf_changes_the_update_of_another: 25,
+    assert_eager_steps_equal_jitted_ones: 1,
+    assert_each_leaf_moves_as_it_would_alone: 25,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("assert_"))
@@ -154,6 +214,6 @@ def test_generated_cases(check: Check) -> None:
     @hypothesis.settings(max_examples=CASES)
     @hypothesis.given(case=generated.cases(), seed=generated.SEEDS)
     def test(case: Case, seed: int) -> None:
-        check(case, seed, HISTORIES)
+        check(case, seed, 3 * CHECKS[check])
 
     test()
