@@ -44,9 +44,7 @@ def routes_of(
         None, precondition_1d=False, merge_dims=False, block_size=block_size, one_sided=False
     )
     return Routes(
-        plan.make_plan(
-            shapes, [np.float32] * len(shapes), options, [axes] * len(shapes), multiple
-        ),
+        plan.make_plan(shapes, [np.float32] * len(shapes), options, [axes] * len(shapes), multiple),
         NamedSharding(devices, PartitionSpec(names)),
         LeafShardings((None,) * len(shapes), tuple(specs)),
     )

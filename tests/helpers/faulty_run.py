@@ -5,9 +5,10 @@ an uninterrupted one bit by bit:
 
 - gradients of one layer that are not a number, infinite, 1000 times too large, or so large that
   their squares overflow;
-- refreshes that fail, for every method and for Shampoo's roots, by what the bits of the factor say;
-- another learning rate and another refresh frequency every thousand steps, or in the second half of
-  a shorter run.
+- refreshes that fail, for every method and for Shampoo's roots, by what the bits of the factor say.
+
+Learning rate and refresh frequency change every thousand steps, or in the second half of a shorter
+run. They change in runs without faults as well.
 
 `drive` adds faults from outside: it kills the process in a step or while a checkpoint is written,
 truncates a file of the newest checkpoint, lets writes fail as on a full disk, and starts again with
@@ -86,15 +87,13 @@ def plan_of(step: int, settings: "Settings") -> Plan:
     layers = len(OPTIMIZERS)
     decay = 0.5 * (1 + np.cos(np.pi * step / settings.steps))
     factors = np.ones(layers, np.float32)
-    rate, frequency = 3e-3, 4
-    if settings.faults:
-        part = step // min(1000, -(-settings.steps // 2))
-        changes = np.random.default_rng([settings.seed, 1, part])
-        rate, frequency = rate * changes.uniform(0.5, 2), changes.integers(1, 12)
-        if step < (1 - QUIET_END) * settings.steps:
-            rng = np.random.default_rng([settings.seed, 2, step])
-            for factor, probability in FAULTS.items():
-                factors[rng.random(layers) < probability] = factor
+    part = step // min(1000, -(-settings.steps // 2))
+    changes = np.random.default_rng([settings.seed, 1, part])
+    rate, frequency = 3e-3 * changes.uniform(0.5, 2), changes.integers(1, 12)
+    if settings.faults and step < (1 - QUIET_END) * settings.steps:
+        rng = np.random.default_rng([settings.seed, 2, step])
+        for factor, probability in FAULTS.items():
+            factors[rng.random(layers) < probability] = factor
     return Plan(np.float32(rate * decay), np.int32(frequency), factors)
 
 

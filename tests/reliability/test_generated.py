@@ -21,7 +21,7 @@ from soap_optax.state import AdamState, ShampooStackState, StackState
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 STACKS = (StackState, ShampooStackState)
-CASES = 2  # In each test, with three times the histories of `CHECKS`.
+CASES = 2  # In each test, with twice the histories of `CHECKS`.
 # A product below float32's smallest normal number may be flushed to zero in one triangle and not in
 # the other. This allows for 16 of them in an entry, and matters where all entries are below 1e-32.
 UNDERFLOW = 16 * np.finfo(np.float32).tiny
@@ -171,15 +171,19 @@ def assert_eager_steps_equal_jitted_ones(case: Case, seed: int, histories: int) 
 
 def assert_each_leaf_moves_as_it_would_alone(case: Case, seed: int, histories: int) -> None:
     with x64():
-        # The phase of a block depends on the stacks before it.
-        apart = {name: False for name in ("stagger",) if name in case.options}
-        apart |= {name: None for name in ("max_norm_ratio",) if name in case.options}
-        case = generated.in_float64(case._replace(options=case.options | apart))
+        # The phase of a block depends on the stacks before it, a limit on all gradients.
+        options = {
+            name: value
+            for name, value in case.options.items()
+            if name not in ("stagger", "max_norm_ratio")
+        }
+        case = generated.in_float64(case._replace(options=options))
         leaves, tree = jax.tree.flatten(case.shapes)
         groups = groups_of(case)
-        kept = seed % len(leaves)
-        if groups.count(groups[kept]) > 1:
-            return  # One of AdamW's leaves, which reject gradients together.
+        # AdamW's leaves reject gradients together.
+        apart = [i for i, group in enumerate(groups) if groups.count(group) == 1]
+        hypothesis.assume(apart)
+        kept = apart[seed % len(apart)]
         alone = case._replace(
             shapes=tree.unflatten([leaf if i == kept else None for i, leaf in enumerate(leaves)])
         )
@@ -199,13 +203,14 @@ def assert_each_leaf_moves_as_it_would_alone(case: Case, seed: int, histories: i
 
 
 Check = Callable[[Case, int, int], None]
-# With each, the number of histories for a case in `generate.py`. More cases instead would compile
-# more programs. Steps outside `jax.jit` take a quarter of a second.
-CHECKS: dict[Check, int] = {
-    assert_any_history_leaves_a_sound_state: 25,
-    assert_no_leaf_changes_the_update_of_another: 25,
-    assert_eager_steps_equal_jitted_ones: 1,
-    assert_each_leaf_moves_as_it_would_alone: 25,
+# With each, the number of histories for a case, and the share of all examples in `generate.py`.
+# More cases instead of histories would compile more programs. Outside `jax.jit`, every operation is
+# a program of its own, and a case takes half a minute.
+CHECKS: dict[Check, tuple[int, float]] = {
+    assert_any_history_leaves_a_sound_state: (25, 0.4),
+    assert_no_leaf_changes_the_update_of_another: (25, 0.3),
+    assert_eager_steps_equal_jitted_ones: (5, 0.01),
+    assert_each_leaf_moves_as_it_would_alone: (25, 0.29),
 }
 
 
@@ -214,6 +219,6 @@ def test_generated_cases(check: Check) -> None:
     @hypothesis.settings(max_examples=CASES)
     @hypothesis.given(case=generated.cases(), seed=generated.SEEDS)
     def test(case: Case, seed: int) -> None:
-        check(case, seed, 3 * CHECKS[check])
+        check(case, seed, 2 * CHECKS[check][0])
 
     test()
