@@ -152,13 +152,12 @@ class Case(NamedTuple):
 def in_float64(case: Case) -> Case:
     """A case in which rounding decides nothing, if its first factors have full rank.
 
-    Its leaves are of 64 bits, its statistics are not narrowed, and no factor is that of a single
-    gradient.
+    Its leaves are of 64 bits, its statistics are not narrowed, and no factor is that of single
+    gradients, as KL factors are at first.
     """
     options = dict(case.options)
-    for name in "mu_dtype", "preconditioner_dtype":
-        if name in options:
-            options[name] = None
+    plain = {"mu_dtype": None, "preconditioner_dtype": None, "factor_estimator": "gram"}
+    options |= {name: value for name, value in plain.items() if name in options}
     if options.get("shampoo_beta") == 0:
         options["shampoo_beta"] = None
 
