@@ -116,11 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=240)
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2")
-    task = Task(Size(2, 64, 2, 64), args.steps, batch_size=32, text=standard_text())
+    task = Task(Size(2, 32, 2, 32), args.steps, batch_size=32, text=standard_text())
     print(table_of(task, SEEDS))
 
 

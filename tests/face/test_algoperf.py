@@ -129,6 +129,20 @@ def test_the_step_compiles_once(trained: Run) -> None:
 
 
 @pytest.mark.long
+def test_a_resumed_run_is_the_uninterrupted_one(trained: Run, submission: ModuleType) -> None:
+    resumed = stand_in.train(
+        submission, stand_in.Workload(STEPS), STEPS, eval_every=STEPS // 2, resumed_at=30
+    )
+    for name in ("params", "model_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(resumed, name), getattr(trained, name))
+    jax.tree.map(
+        np.testing.assert_array_equal, resumed.optimizer_state[0], trained.optimizer_state[0]
+    )
+    stack = optax.tree.get(resumed.optimizer_state[0], "stacks")["8x8"]
+    assert [shard.data.shape[0] for shard in stack.mu.addressable_shards] == [1] * 8
+
+
+@pytest.mark.long
 def test_eight_devices_take_the_steps_of_one_device(
     trained: Run, submission: ModuleType, calls: list[dict[str, Any]]
 ) -> None:
