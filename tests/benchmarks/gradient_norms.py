@@ -66,7 +66,7 @@ def norms_of(optimizer: optax.GradientTransformation, task: Task, seeds: Sequenc
     loss = task.loss()
 
     @jax.jit
-    def step(params: list[Array], state: Any, windows: Array) -> tuple[list[Array], Any, Array]:
+    def step(params: Any, state: Any, windows: Array) -> tuple[Any, Any, Array]:
         grads = jax.grad(loss)(params, windows)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
@@ -86,6 +86,7 @@ def beyond(norms: np.ndarray, limit: float) -> Norms:
 
     def step(state: Any, norm: Array) -> tuple[Any, tuple[Array, Array]]:
         mean = state.mean_norm
+        clipped: Any
         clipped, state = clip.update(norm, state)
         return state, (jnp.where(mean > 0, norm / mean, 0), clipped < norm)
 

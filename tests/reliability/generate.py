@@ -29,6 +29,7 @@ import hypothesis
 import jax
 from helpers import generated
 from helpers.generated import Case
+from hypothesis.errors import UnsatisfiedAssumption
 from test_generated import CHECKS, Check
 from tqdm import tqdm
 
@@ -62,7 +63,7 @@ def failures_of(check: Check, cases: int, seed: int, progress: tqdm[Any]) -> int
         nonlocal failures
         try:
             check(case, seed, histories)
-        except hypothesis.errors.UnsatisfiedAssumption:
+        except UnsatisfiedAssumption:
             raise
         except Exception:
             failures += 1
