@@ -75,6 +75,7 @@ def test_blocks_hold_every_entry_once_and_scatter_to_the_same_leaves(
 
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(length=st.integers(1, 3000), block_size=st.integers(2, 300))
+@hypothesis.example(length=10, block_size=4)  # Half of the block size divides the length.
 def test_tiles_are_equal_if_a_divisor_allows_and_differ_by_at_most_one_if_not(
     length: int, block_size: int
 ) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import generated, states
+from helpers.cases import mostly_long
 from helpers.generated import Case
 from helpers.precision import x64
 
@@ -214,7 +215,12 @@ CHECKS: dict[Check, tuple[int, float]] = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("assert_"))
+SHORT = [check for check in CHECKS if check is not assert_eager_steps_equal_jitted_ones]
+
+
+@pytest.mark.parametrize(
+    "check", mostly_long(CHECKS, SHORT), ids=lambda check: check.__name__.removeprefix("assert_")
+)
 def test_generated_cases(check: Check) -> None:
     @hypothesis.settings(max_examples=CASES)
     @hypothesis.given(case=generated.cases(), seed=generated.SEEDS)
