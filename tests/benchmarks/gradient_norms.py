@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # OpenBLAS's threads and XLA's fight over the cores; OpenBLAS reads this when it is imported.
@@ -24,17 +24,24 @@ import numpy as np
 import optax
 from jax import Array
 from tqdm import tqdm
-from training import WEIGHT_DECAY, Size, Task, standard_text, warmed_up
+from training import WEIGHT_DECAY, Size, Task, make_model, standard_text, warmed_up
 
 import soap_optax
 
 LIMIT = 3.0
 SEEDS = (0, 1, 2)
+SIZE = Size(2, 32, 2, 32)
 Maker = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 def soap_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-    return soap_optax.soap_adamw(rate, weight_decay=WEIGHT_DECAY)
+    return soap_optax.soap_adamw(rate, labels=labels_of_leaves, weight_decay=WEIGHT_DECAY)
+
+
+def labels_of_leaves(_leaves: list[Array]) -> list[str]:
+    """The labels of a model's leaves, from its tree with names: a `Task` has a list of leaves."""
+    params = jax.eval_shape(lambda: make_model(SIZE, 0)[0])
+    return jax.tree.leaves(soap_optax.default_labels(params))
 
 
 def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -42,7 +49,7 @@ def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 RUNS: dict[tuple[str, float], Maker] = {
-    ("`soap_adamw`", 0.01): soap_adamw,
+    ("`soap_adamw`", 0.03): soap_adamw,
     ("`soap_adamw`", 0.1): soap_adamw,
     ("AdamW", 0.003): adamw,
     ("AdamW", 0.03): adamw,
@@ -61,7 +68,9 @@ class Norms(NamedTuple):
     clipped: int
 
 
-def norms_of(optimizer: optax.GradientTransformation, task: Task, seeds: Sequence[int]) -> Any:
+def norms_of(
+    optimizer: optax.GradientTransformation, task: Task, seeds: Sequence[int]
+) -> Iterator[np.ndarray]:
     """The norms of all gradients of a run, `(steps,)`, one seed after another."""
     loss = task.loss()
 
@@ -121,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2")
-    task = Task(Size(2, 32, 2, 32), args.steps, batch_size=32, text=standard_text())
+    task = Task(SIZE, args.steps, batch_size=32, text=standard_text())
     print(table_of(task, SEEDS))
 
 

@@ -1,6 +1,7 @@
 """The route of each group between leaves and stacks, and the steps of its resharding.
 
-These tests compile nothing. Mesh `(4, 2)`, stacks over both axes.
+These tests compile nothing. Stacks are sharded over all axes of the mesh. It is `(4, 2)`, unless a
+case has another one.
 """
 
 from typing import Any
@@ -190,7 +191,7 @@ def test_each_step_unshards_one_more_mesh_axis() -> None:
         (("data", "model", None),),
         (("data", None, None),),
     ]
-    # XLA may keep the mesh axes that are free already, and not the one of the step before.
+    # Only the mesh axis that this step unshards must be replicated.
     assert constraints._unsharding_steps(both, presharded=0, unknown=True) == [
         (("data", "model", free),),
         ((None, "model", free),),

@@ -140,6 +140,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained: Run, submission: Module
     )
     stack = optax.tree.get(resumed.optimizer_state[0], "stacks")["8x8"]
     assert [shard.data.shape[0] for shard in stack.mu.addressable_shards] == [1] * 8
+    assert resumed.optimizer_state[1] is not trained.optimizer_state[1]  # It was made anew.
 
 
 @pytest.mark.long

@@ -217,8 +217,9 @@ def train(
 ) -> Run:
     """The runner's loop, with its names of arguments and its calls under self-tuning rules.
 
-    At the step `resumed_at`, a new process would start: the optimizer is made anew, and all arrays
-    come from a checkpoint. Of the optimizer's pair, the benchmark saves the first.
+    At the step `resumed_at`, the optimizer is made anew from first parameters, and all arrays come
+    from a checkpoint, as in a new process. Of the optimizer's pair, the benchmark saves the first.
+    The batches go on.
     """
     rng = jax.random.PRNGKey(0)  # The benchmark's keys are arrays of integers.
     data_rng, init_rng, model_rng, rng = jax.random.split(rng, 4)
@@ -233,7 +234,8 @@ def train(
     for step in range(steps):
         if step == resumed_at:
             saved = (state[0], params, model_state)
-            fresh = submission.init_optimizer_state(workload, params, model_state, None, init_rng)
+            first = workload.init_model_fn(model_rng)
+            fresh = submission.init_optimizer_state(workload, *first, None, init_rng)
             restored, params, model_state = through_checkpoint(saved)
             state = (restored, fresh[1])
         data_rng, update_rng, prepare_rng, eval_rng = jax.random.split(

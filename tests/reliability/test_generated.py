@@ -1,5 +1,7 @@
 """Whatever the tree, the options and the gradients: the state stays sound and blocks apart.
 
+Steps outside `jax.jit` equal those inside it, and a parameter moves as it would without others.
+
 `generate.py` runs the same checks on more cases.
 """
 
@@ -145,12 +147,17 @@ def assert_no_leaf_changes_the_update_of_another(case: Case, seed: int, historie
 
 
 def assert_close(found: Any, expected: Any) -> None:
-    """Compares two computations of the same numbers in float64, signs of columns included."""
+    """Compares two computations of the same numbers in float64. The largest updates are 3e-3."""
     jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6),
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9),
         found,
         expected,
     )
+
+
+def without_signs(state: Any) -> Any:
+    """A state whose bases and first moments do not depend on the signs of columns."""
+    return jax.tree.map(jnp.abs, state)
 
 
 def assert_eager_steps_equal_jitted_ones(case: Case, seed: int, histories: int) -> None:
@@ -162,12 +169,14 @@ def assert_eager_steps_equal_jitted_ones(case: Case, seed: int, histories: int) 
         for number in range(histories):
             hypothesis.note(f"history {number}")
             grads = generated.histories(case.shapes, seed, number, kinds=generated.OF_ONE_SIZE)
-            _, middle = run(init, first_half(grads))
-            grad = jax.tree.map(lambda leaf: leaf[0], second_half(grads))
-            updates, state = optimizer.update(grad, middle, params)
-            expected, state_of_jit = step(grad, middle, params)
-            assert_close(updates, expected)
-            assert types_of(state) == types_of(state_of_jit)
+            eager = jitted = run(init, first_half(grads))[1]
+            for number_of_step in range(2):
+                grad = jax.tree.map(lambda leaf, i=number_of_step: leaf[i], second_half(grads))
+                updates, eager = optimizer.update(grad, eager, params)
+                expected, jitted = step(grad, jitted, params)
+                assert_close(updates, expected)
+            assert types_of(eager) == types_of(jitted)
+            assert_close(without_signs(eager), without_signs(jitted))
 
 
 def assert_each_leaf_moves_as_it_would_alone(case: Case, seed: int, histories: int) -> None:
