@@ -128,8 +128,8 @@ def crossing_of(records: Records, whole: Spec, adamw: Spec) -> Crossing:
             for steps, spec in by_steps.items()
             if seed in (loss := finite_losses(records, spec))
         }
-        if len(losses) < 3 or losses[min(losses)] < target:
-            continue  # Shorter runs follow.
+        if len(losses) < 3:
+            continue
         at = crossing(list(losses), list(losses.values()), target)
         if at is None:
             lost += 1

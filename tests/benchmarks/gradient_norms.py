@@ -5,7 +5,7 @@
 
 `clip_by_running_norm(3)` clips a gradient whose norm is more than three times the mean of earlier
 ones. This trains the byte-level transformer of the examples, without any clipping, and counts the
-steps that it would have clipped. Where it clips none, training with it is the same bit by bit.
+steps that it would have clipped. A run in which it clips none is the same bit by bit.
 """
 
 from __future__ import annotations
