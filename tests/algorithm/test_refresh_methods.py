@@ -158,6 +158,26 @@ def test_cholesky_qr_falls_back_to_qr_where_the_factor_has_no_full_rank(rank: in
     assert orthonormality.is_orthonormal(fast.basis)
 
 
+def test_cholesky_qr_falls_back_to_qr_where_its_basis_is_hardly_orthonormal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors = random_basis(24)
+    factor, basis = factor_of(vectors, 10.0 ** -np.linspace(0, 3, 24)), near(vectors, 0.01)
+
+    def refreshed_with(departure: float) -> float:
+        """The departure of the new basis if that of the Cholesky basis is the given one."""
+        monkeypatch.setattr(
+            refresh_methods,
+            "orthonormalize_by_cholesky",
+            lambda matrix: (1 - departure / 2) * decompositions.orthonormalize(matrix),
+        )
+        new = refreshed_by.__wrapped__("cholesky_qr")(factor, basis).basis  # Compiled anew.
+        return float(orthonormality.departure_from_orthonormality(new))
+
+    assert refreshed_with(1e-4) < 1e-5
+    assert refreshed_with(2e-5) > 1.5e-5  # This one is kept.
+
+
 STEPS, SHAPE = 60, (40, 6)
 
 
