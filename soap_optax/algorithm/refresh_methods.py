@@ -25,10 +25,11 @@ from soap_optax.algorithm.jacobi import jacobi_sweeps
 from soap_optax.linalg import (
     decoupled_columns,
     descending_eigenvectors,
-    is_orthonormal,
     orthonormalize,
     orthonormalize_by_cholesky,
+    probed_departure,
     rayleigh_quotients,
+    target_departure,
 )
 
 RefreshMethod = Literal["qr", "cholesky_qr", "eigh", "jacobi", "partial", "auto"]
@@ -77,7 +78,7 @@ def cholesky_iteration(axis: FactorInBasis) -> NewBasis:
     def orthonormalize_fast(matrix: Array) -> Array:
         fast = orthonormalize_by_cholesky(matrix)
         return lax.cond(
-            is_orthonormal(fast, stricter=8),
+            probed_departure(fast) <= target_departure(fast),
             lambda fast, _matrix: fast,
             lambda _fast, matrix: orthonormalize(matrix),
             fast,

@@ -80,7 +80,7 @@ def clip_by_running_norm(
         norm, counted, all_count = _norm_of(updates)
         limit = (jnp.asarray(max_ratio, mean.dtype) * mean).astype(norm.dtype)
         clips = (mean > 0) & (norm > limit)
-        # Safe denominators, so that no derivative is NaN where nothing is clipped.
+        # Where nothing is clipped the denominator is 1, so that no derivative is NaN.
         ratio = jnp.where(clips, limit, 1) / jnp.where(clips, norm, 1)
         clipped = jnp.where(clips, limit, norm).astype(mean.dtype)
         share = 1 - jnp.asarray(decay, mean.dtype)
@@ -116,7 +116,7 @@ class _Norm(NamedTuple):
 
 
 def _norm_of(tree: Any) -> _Norm:
-    """The norm of all leaves without those that are not finite, or whose squares are not."""
+    """The norm of all leaves whose squares are finite."""
     leaves = jax.tree.leaves(tree)
     wide = [widened(leaf) if _is_inexact(leaf) else None for leaf in leaves]
     counted = [None if x is None else jnp.all(jnp.isfinite(x * jnp.conj(x))) for x in wide]

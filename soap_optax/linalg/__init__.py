@@ -24,7 +24,9 @@ from soap_optax.linalg.orthonormality import (
     largest_magnitude,
     nearest_orthonormal,
     off_diagonal_mass,
+    probed_departure,
     rayleigh_quotients,
+    target_departure,
 )
 from soap_optax.linalg.products import gram_matrix, matmul, multiply_along
 from soap_optax.linalg.triangle import folded_like, folded_shape, unfolded
@@ -50,8 +52,10 @@ __all__ = [
     "off_diagonal_mass",
     "orthonormalize",
     "orthonormalize_by_cholesky",
+    "probed_departure",
     "rayleigh_quotients",
     "scaled_along",
+    "target_departure",
     "unfolded",
     "widened",
     "with_unit_vectors",

@@ -75,14 +75,17 @@ def departure_from_orthonormality(basis: Array) -> Array:
 PROBES = 16
 
 
-def is_orthonormal(basis: Array, stricter: float = 1.0) -> Array:
-    """Whether `Q^T Q` is the identity to the tolerance. A NaN fails the comparison.
+def target_departure(basis: Array) -> Array:
+    """The departure that approximate methods aim at: an eighth of the tolerance.
 
-    Args:
-      basis: the matrix, `(d, d)`.
-      stricter: the tolerance is divided by this number. In float32 it stays above rounding up to 8.
+    In float32 it is 4e-5, which is above the rounding errors that `probed_departure` describes.
     """
-    return probed_departure(basis) <= orthonormality_tolerance(basis) / stricter
+    return orthonormality_tolerance(basis) / 8
+
+
+def is_orthonormal(basis: Array) -> Array:
+    """Whether `Q^T Q` is the identity to the tolerance. A NaN fails the comparison."""
+    return probed_departure(basis) <= orthonormality_tolerance(basis)
 
 
 def probed_departure(basis: Array) -> Array:
@@ -114,8 +117,8 @@ def _signs(length: int, dtype: jnp.dtype) -> Array:
 def nearest_orthonormal(matrix: Array) -> Array:
     """The orthonormal matrix nearest to a nearly orthonormal one.
 
-    Newton-Schulz iterations `X <- X (3 I - X^T X) / 2` run until the probed departure is an eighth
-    of the tolerance; a matrix below that is returned unchanged. Every singular value converges to
+    Newton-Schulz iterations `X <- X (3 I - X^T X) / 2` run until the probed departure is at
+    `target_departure`; a matrix below that is returned unchanged. Every singular value converges to
     one if none exceeds the square root of three, which scaling ensures. Near the end each iteration
     squares the departure.
     """
@@ -123,8 +126,7 @@ def nearest_orthonormal(matrix: Array) -> Array:
 
     def departs(carry: tuple[Array, Array]) -> Array:
         iteration, matrix = carry
-        limit = orthonormality_tolerance(matrix) / 8
-        return (iteration < 20) & (probed_departure(matrix) > limit)
+        return (iteration < 20) & (probed_departure(matrix) > target_departure(matrix))
 
     def iterate(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         iteration, matrix = carry
